@@ -1,0 +1,218 @@
+"""The sections of a run's configuration that every stage shares.
+
+Keys under ``train`` are named, and mean, as in transformers' ``TrainingArguments``. A stage adds a section of its own,
+named after it. The text under each key is what ``llmtk show`` and the JSON Schema print.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change, docstrings are the help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+Source = str | list[str] | list[dict[str, Any]]
+"""A file, several files, or (from Python) the rows themselves."""
+
+
+class TokenizerConfig(Section):
+    """A tokenizer trained on the run's own training data."""
+
+    kind: Literal["char", "bpe", "byte"]
+    """`char`: one token a character; `bpe`: byte-level BPE; `byte`: one token a byte."""
+    vocab_size: int = Field(8192, ge=2)
+    """Tokens in a `bpe` vocabulary, special tokens included. The other kinds have the size that they have."""
+
+    @model_validator(mode="after")
+    def _size_is_for_bpe(self) -> TokenizerConfig:
+        if self.kind != "bpe" and "vocab_size" in self.model_fields_set:
+            raise ValueError(f"vocab_size is used by kind: bpe alone; kind: {self.kind} has the size that it has")
+        return self
+
+
+class ModelConfig(Section):
+    """Which model is trained."""
+
+    name_or_path: str | None = None
+    """A folder, a hub name, or `builtin` for the tiny model that llmtk carries."""
+    from_config: dict[str, Any] | None = None
+    """Train from scratch: a transformers `model_type` and any fields of its configuration."""
+    tokenizer: TokenizerConfig | str | None = None
+    """A tokenizer's folder or hub name, or how to train one. By default the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the loaded weights. `auto`: float32 for weights that are trained; for those frozen under an adapter, the
+    type that the run computes in."""
+    attn_implementation: str | None = None
+    """As in transformers' `from_pretrained`."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you have read that code."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        if self.name_or_path and self.from_config:
+            raise ValueError("give name_or_path (continue a model) or from_config (train from scratch), not both")
+        if self.from_config is not None and "model_type" not in self.from_config:
+            raise ValueError("from_config needs model_type, for example {model_type: llama, hidden_size: 256, ...}")
+        return self
+
+
+class DataConfig(Section):
+    """Where rows come from, and how they become tokens."""
+
+    train: Source | None = None
+    """Training data: a JSON, JSONL or text file, or several."""
+    eval: float | Source | None = None
+    """Evaluation data: a share of the training data to hold out (0.1), or files."""
+    max_length: int = Field(2048, ge=2)
+    """Tokens of a sequence, at most."""
+    on_too_long: Literal["truncate", "drop"] = "truncate"
+    """What happens to a row over max_length: its end is cut, or it is left out. Both are counted and said."""
+    template: str | None = None
+    """The chat template: a file, or `chatml`. By default the tokenizer's own."""
+
+    @model_validator(mode="after")
+    def _share_is_a_share(self) -> DataConfig:
+        if isinstance(self.eval, float) and not 0 < self.eval < 1:
+            raise ValueError(f"eval is a share of the training data between 0 and 1, or files; it is {self.eval}")
+        return self
+
+
+class PeftConfig(Section):
+    """A parameter-efficient method in place of full training. Keys are peft's own."""
+
+    method: Literal["lora"] = "lora"
+    """The method."""
+    r: int = Field(16, ge=1)
+    """Rank of the update."""
+    lora_alpha: float = Field(32, gt=0)
+    """The update is scaled by lora_alpha / r."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout in front of the update."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get an adapter: `all-linear`, names, or a regular expression."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained as well."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Train magnitude and direction apart (arXiv 2402.09353)."""
+    modules_to_save: list[str] | None = None
+    """Modules trained in full beside the adapter, and saved with it."""
+
+
+class SamplesConfig(Section):
+    """Generated samples, written to `samples.jsonl` at each evaluation."""
+
+    count: int = Field(0, ge=0)
+    """How many evaluation prompts are answered. 0: none."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Length of an answer, at most."""
+    temperature: float = Field(0.0, ge=0)
+    """0: the likeliest token each time."""
+
+
+Strategy = Literal["no", "steps", "epoch"]
+
+
+class TrainConfig(Section):
+    """The training loop. Keys mean what they mean in transformers' TrainingArguments."""
+
+    learning_rate: float = Field(5e-5, ge=0)
+    """Peak learning rate."""
+    num_train_epochs: float = Field(3.0, gt=0)
+    """Passes over the training data. A fraction is allowed."""
+    max_steps: int = Field(-1, ge=-1)
+    """Optimizer steps; overrides num_train_epochs where it is over 0."""
+    per_device_train_batch_size: int = Field(8, ge=1)
+    """Rows of a micro-batch on each rank. The global batch is this x gradient_accumulation_steps x ranks rows."""
+    per_device_eval_batch_size: int = Field(8, ge=1)
+    """Rows of a micro-batch in evaluation."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Micro-batches of an optimizer step on each rank."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Cut micro-batches by this many tokens instead of by per_device_train_batch_size rows. The global batch, and so
+    the update, stays the same."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps in which the learning rate rises from 0."""
+    warmup_ratio: float = Field(0.0, ge=0, le=1)
+    """The same as a share of all steps; warmup_steps goes first."""
+    lr_scheduler_type: str = "linear"
+    """Any of transformers' schedulers: linear, cosine, cosine_with_min_lr, constant, ..."""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the scheduler, for example {min_lr: 1e-5}."""
+    optim: str = "adamw_torch_fused"
+    """The optimizer."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Weight decay on all weights but biases and norms."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    adam_epsilon: float = Field(1e-8, ge=0)
+    """Added to the root of the second moment."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are scaled down to this norm. 0: no clipping."""
+    bf16: bool | None = None
+    """Compute in bfloat16 (autocast). By default where the device has it."""
+    fp16: bool = False
+    """Compute in float16 with loss scaling."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
+    """Share of the target's weight that is spread over the vocabulary (stages that declare it)."""
+    disable_dropout: bool | None = None
+    """Switch all dropout off. By default what the stage says."""
+    seed: int = 42
+    """Seed of everything that is drawn."""
+    data_seed: int | None = None
+    """Seed of the data order. By default `seed`."""
+    logging_steps: int = Field(10, ge=1)
+    """Steps between two lines of metrics."""
+    eval_strategy: Strategy = "epoch"
+    """When to evaluate, if there is evaluation data."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Steps between evaluations under eval_strategy: steps. By default logging_steps."""
+    save_strategy: Strategy = "steps"
+    """When to write a checkpoint. One is always written at the end, and when a signal stops the run."""
+    save_steps: int = Field(500, ge=1)
+    """Steps between checkpoints under save_strategy: steps."""
+    save_total_limit: int | None = Field(None, ge=1)
+    """Checkpoints kept, newest first. The best and the last are kept in any case."""
+    load_best_model_at_end: bool = False
+    """Export the best checkpoint's model instead of the last step's."""
+    metric_for_best_model: str = "loss"
+    """The evaluation metric that decides which checkpoint is best."""
+    greater_is_better: bool | None = None
+    """By default false for a metric whose name ends in loss or perplexity, else true."""
+    max_nonfinite_steps: int = Field(3, ge=1)
+    """A step whose loss or gradient is not finite changes no weight; this many in a row stop the run."""
+    ddp_find_unused_parameters: bool = False
+    """As in torch's DistributedDataParallel."""
+    report_to: list[str] = Field(default_factory=list)
+    """Trackers of Accelerate's: tensorboard, wandb, mlflow, ..."""
+    run_name: str | None = None
+    """The run's name in trackers. By default the output folder's."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint's folder, or `auto` for the newest sound one. The same as --resume."""
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> TrainConfig:
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 exclude each other")
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0: give a number of steps, or -1 to train for num_train_epochs")
+        if self.eval_steps is not None and self.eval_strategy != "steps":
+            raise ValueError(f"eval_steps needs eval_strategy: steps; it is {self.eval_strategy}")
+        if "save_steps" in self.model_fields_set and self.save_strategy != "steps":
+            raise ValueError(f"save_steps needs save_strategy: steps; it is {self.save_strategy}")
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("give warmup_steps or warmup_ratio, not both")
+        return self

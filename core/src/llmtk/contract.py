@@ -1,0 +1,198 @@
+"""What a stage is, and what a run offers to it. Third parties build on this file, so it changes with `API` alone.
+
+A stage subclasses `Stage` and overrides the hooks that it needs; none of them takes a decorator. The defaults stand in
+`llmtk.training.defaults`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from llmtk.config.sections import Section
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from llmtk.batch import Batch, LossOutput, Round
+    from llmtk.generation import Completion, Sampling
+    from llmtk.host.hooks import Hooks
+    from llmtk.scoring import Scores
+
+API = 1
+"""The contract's version. A stage that declares another one is refused."""
+
+Row = dict[str, Any]
+"""An encoded row: `input_ids`, `targets` and whatever else its row type has, and `place`."""
+
+Need = Literal["reference", "reward", "generation"]
+
+
+class Dataset(Protocol):
+    """Rows by index: a `datasets.Dataset`, or anything like it."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Row: ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """The encoded rows of a run."""
+
+    train: Dataset
+    eval: Dataset | None = None
+    notices: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Models:
+    """The one trainable root module (which may hold several), and frozen ones by name."""
+
+    root: nn.Module
+    frozen: Mapping[str, nn.Module] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What `llmtk run STAGE` does with no configuration: rows, settings, and the figure that should improve."""
+
+    train: list[dict[str, Any]]
+    eval: list[dict[str, Any]]
+    config: Mapping[str, Any]
+    figure: str
+    """Name of the figure, for example "exact match"."""
+    measure: Callable[[RunView], float]
+    """Measures the figure on held-out rows."""
+    higher_is_better: bool = True
+
+
+class RunView(Protocol):
+    """A run as stages and plugins see it."""
+
+    hooks: Hooks
+    """Every hook of this run. Call these, not `self.compute_loss`, so that plugins are felt."""
+    model: nn.Module
+    """The trainable root, not wrapped. To compute with it, use `score`, which enters through the wrapped one."""
+    frozen: Mapping[str, nn.Module]
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    rank: int
+    world_size: int
+    step: int
+    """Optimizer steps taken."""
+    eval_rows: Dataset | None
+
+    def score(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
+        """Return the log-prob of every target token; `model` names a frozen one. See `llmtk.scoring`."""
+
+    def score_window(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
+        """Score a whole window without gradient, in micro-batches, in eval mode. All ranks must call it together."""
+
+    def map_logits(self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = ()) -> Tensor:
+        """Apply `fn(logits, *columns)` to the logits at target positions, with the exact gradient."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+        """Sample completions of tokenised prompts with the current policy, without gradient."""
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Return this purpose's own random generator, which checkpoints keep."""
+
+    def draw(self, rows: int) -> list[Row]:
+        """Take this rank's share of `rows` more rows of the training data. All ranks must call it together."""
+
+    def sum_over_ranks(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Add up named numbers over all ranks, in float64; a rank may lack a name. All ranks must call it."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's JSON-like value, by rank. All ranks must call it together."""
+
+    def setting(self, key: str) -> Any:
+        """Return one of the core's optional keys that the stage declares in `honours`."""
+
+    def notify(self, message: str) -> None:
+        """Say something to the user, once."""
+
+
+class Stage:
+    """A training method. Subclass it, declare what it needs, and override `prepare_batch` and `compute_loss`."""
+
+    api: ClassVar[int] = API
+
+    class Options(Section):
+        """The stage's own section of the configuration."""
+
+    summary: ClassVar[str] = ""
+    """One line: what the method does."""
+    paper: ClassVar[str] = ""
+    """Where it comes from: arXiv number or title."""
+    row_types: ClassVar[tuple[str, ...]] = ("dialogue",)
+    """Row types that it takes. Rows of other types are converted to the first that can be reached."""
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    honours: ClassVar[frozenset[str]] = frozenset()
+    """Which of the core's optional keys it honours: `label_smoothing_factor`, ..."""
+    dropout: ClassVar[bool] = False
+    """Whether the model's dropout stays on unless the user says otherwise."""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Its defaults for the shared sections, for example {"train": {"learning_rate": 2e-5}}."""
+
+    def __init__(self, options: Section | None = None) -> None:
+        """Keep the options, of which the stage reads nothing else of the configuration."""
+        self.options: Any = options if options is not None else self.Options()
+
+    @property
+    def windows_per_round(self) -> int:
+        """How many windows, and so optimizer steps, each of its rounds has."""
+        return 1
+
+    def demo(self) -> Demo:
+        """Return demo data and settings for a run without configuration."""
+        raise NotImplementedError
+
+    # The stage hooks: each has exactly one answer, the stage's. See llmtk.host.hookspecs.
+
+    def build_models(self, run: RunView) -> Models:
+        """Return the trainable root and the frozen models."""
+        from llmtk.training import defaults
+
+        return defaults.build_models(run)
+
+    def build_data(self, run: RunView) -> Data:
+        """Return the encoded rows."""
+        from llmtk.training import defaults
+
+        return defaults.build_data(run)
+
+    def parameter_groups(self, run: RunView) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups."""
+        from llmtk.training import defaults
+
+        return defaults.parameter_groups(run)
+
+    def build_optimizer(self, run: RunView) -> torch.optim.Optimizer:
+        """Return the run's one optimizer, over `run.hooks.parameter_groups()`."""
+        from llmtk.training import defaults
+
+        return defaults.build_optimizer(run)
+
+    def prepare_batch(self, run: RunView, rows: list[Row]) -> Round:
+        """Turn this rank's rows of a global batch (perhaps none) into a round: all that needs no gradient."""
+        raise NotImplementedError
+
+    def compute_loss(self, run: RunView, batch: Batch) -> LossOutput:
+        """Return the loss of one micro-batch: a pure function of the model and the batch."""
+        raise NotImplementedError
+
+    def evaluate_batch(self, run: RunView, batch: Batch) -> LossOutput:
+        """Return the loss and metrics of one evaluation batch; eval mode, no gradient."""
+        return run.hooks.compute_loss(batch)
+
+    def export_model(self, run: RunView, path: Path) -> None:
+        """Write what users of the trained model load."""
+        from llmtk.training import defaults
+
+        defaults.export_model(run, path)

@@ -1,0 +1,1 @@
+"""The host: finds stages and plugins, checks them against the contract, and calls their hooks."""

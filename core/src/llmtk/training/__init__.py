@@ -1,0 +1,1 @@
+"""The loop that trains every stage, and what it stands on."""

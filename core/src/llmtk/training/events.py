@@ -1,0 +1,50 @@
+"""What the loop tells plugins: the plan, a step, an evaluation. Read-only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the run is going to do."""
+
+    stage: str
+    max_steps: int
+    steps_per_epoch: int
+    train_rows: int
+    eval_rows: int
+    global_batch: int
+    """Rows of an optimizer window, over all ranks."""
+    trainable_parameters: int
+    total_parameters: int
+    precision: str
+    device: str
+    facts: Mapping[str, Any]
+    """What plugins add, by plugin name."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step, taken or refused."""
+
+    step: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    skipped: str | None
+    """Why no weight changed, if none did."""
+    evaluation: Evaluation | None = None
+    """The evaluation after this step, where there was one."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The exact global means over the evaluation rows, named `eval_...`."""
+
+    step: int
+    metrics: Mapping[str, float]
+    is_best: bool = False
