@@ -1,0 +1,116 @@
+"""The demo's task: adding two numbers of two digits, in digits or in words. Every answer can be verified.
+
+    37+48=                          85
+    thirty-seven plus forty-eight   eighty-five
+
+A pair of numbers belongs to one split for good, whatever its order and notation: a problem that is held out was never
+trained on in another dress. A stage makes the rows that it needs from ``problems``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Literal
+from zlib import crc32
+
+Split = Literal["train", "held-out"]
+Row = dict[str, Any]
+
+# fmt: off
+_ONES = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)
+# fmt: on
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``first + second``, both from 10 to 99, asked and answered in words or in digits."""
+
+    first: int
+    second: int
+    words: bool
+
+    @property
+    def prompt(self) -> str:
+        """The question."""
+        if self.words:
+            return f"{in_words(self.first)} plus {in_words(self.second)}"
+        return f"{self.first}+{self.second}="
+
+    @property
+    def answer(self) -> str:
+        """The only right answer."""
+        return self.write(self.first + self.second)
+
+    def write(self, number: int) -> str:
+        """Return a number from 0 to 999 in the notation of this problem."""
+        return in_words(number) if self.words else str(number)
+
+
+def in_words(number: int) -> str:
+    """Return a number from 0 to 999 in words: ``153`` is ``"one hundred fifty-three"``."""
+    if number >= 100:
+        rest = f" {in_words(number % 100)}" if number % 100 else ""
+        return f"{_ONES[number // 100]} hundred{rest}"
+    if number < 20:
+        return _ONES[number]
+    return _TENS[number // 10 - 2] + (f"-{_ONES[number % 10]}" if number % 10 else "")
+
+
+def problems(split: Split, n: int, seed: int = 0) -> list[Problem]:
+    """Return ``n`` different problems of a split, in an order that ``seed`` decides.
+
+    Raises:
+        ValueError: ``n`` is more than the split has (about 14,500 for training and 1,600 held out).
+    """
+    numbers = range(10, 100)
+    pool = [
+        Problem(first, second, words)
+        for first in numbers
+        for second in numbers
+        if _is_held_out(first, second) == (split == "held-out")
+        for words in (False, True)
+    ]
+    if n > len(pool):
+        raise ValueError(f"the {split} split has {len(pool)} problems, {n} were asked for")
+    return Random(seed).sample(pool, n)
+
+
+def rows(split: Split, n: int, seed: int = 0) -> list[Row]:
+    """Return ``n`` different problems as dialogues, ``{"messages": [user, assistant]}``."""
+    return [dialogue(problem) for problem in problems(split, n, seed)]
+
+
+def texts(split: Split, n: int, seed: int = 0) -> list[Row]:
+    """Return ``n`` raw texts, ``{"text": …}``, of a few sums each: prose that the built-in model has never seen."""
+    random = Random(seed)
+    return [{"text": " ".join(map(_sentence, problems(split, 6, random.getrandbits(32))))} for _ in range(n)]
+
+
+def dialogue(problem: Problem) -> Row:
+    """Return the problem as a question and its right answer."""
+    return {
+        "messages": [
+            {"role": "user", "content": problem.prompt},
+            {"role": "assistant", "content": problem.answer},
+        ]
+    }
+
+
+def is_correct(row: Row, answer: str) -> bool:
+    """Whether ``answer`` is exactly the answer that a row of ``rows`` ends with, white space around it aside."""
+    return bool(answer.strip() == row["messages"][-1]["content"])
+
+
+def _is_held_out(first: int, second: int) -> bool:
+    low, high = sorted((first, second))
+    return crc32(f"{low}+{high}".encode()) % 10 == 0
+
+
+def _sentence(problem: Problem) -> str:
+    first, second = problem.write(problem.first), problem.write(problem.second)
+    return f"Add {second} to {first} and you have {problem.answer}."

@@ -1,0 +1,73 @@
+"""Adapters through peft: small weights that are trained in place of the model's own."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import TYPE_CHECKING
+
+from llmtk.errors import ConfigurationError
+from llmtk.models.errors import summary
+from llmtk.models.loading import seeded
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from llmtk.config.sections import PeftConfig
+
+
+def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, seed: int = 0) -> PeftModel:
+    """Freeze the model and put a fresh LoRA adapter on it, in float32. Its first forward equals the model's.
+
+    Args:
+        model: The base, changed in place.
+        peft_config: The run's ``peft`` section.
+        seed: Draws the adapter. torch's global generator stays as it is.
+
+    Raises:
+        ConfigurationError: ``target_modules`` or ``modules_to_save`` name nothing that the model has.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    _check_modules_to_save(model, peft_config.modules_to_save)
+    options = peft_config.model_dump(exclude={"method"})
+    with seeded(seed), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out")  # peft sets it right by itself for Conv1D
+        try:
+            return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+        except ValueError as error:
+            raise ConfigurationError(_why_refused(model, peft_config, error)) from error
+
+
+def _why_refused(model: PreTrainedModel, peft_config: PeftConfig, error: ValueError) -> str:
+    target = peft_config.target_modules
+    if "arget modules" not in str(error) and "targeted" not in str(error):
+        return f"peft: {summary(error)}"
+    hint = " (one string is a regular expression for the whole name: give a list of names)"
+    return (
+        f"peft.target_modules: the model has no module for {target!r}{hint if isinstance(target, str) else ''}. "
+        f"It has {_listed(_linear_names(model))}; all-linear takes them all"
+    )
+
+
+def _check_modules_to_save(model: PreTrainedModel, wanted: list[str] | None) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for module in wanted or []:
+        if not any(re.search(rf"(^|\.){re.escape(module)}$", name) for name in names):
+            known = {name.rpartition(".")[2] for name in names} - {""}
+            raise ConfigurationError(
+                f"peft.modules_to_save: the model has no module {module!r}. It has "
+                f"{_listed({name for name in known if not name.isdigit()})}"
+            )
+
+
+def _linear_names(model: PreTrainedModel) -> set[str]:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names))

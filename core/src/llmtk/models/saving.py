@@ -1,0 +1,96 @@
+"""Models written to a folder, and read back from one: what is written loads with ``from_pretrained``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmtk.config.sections import ModelConfig
+from llmtk.errors import ModelLoadError
+from llmtk.models.checks import check_model, check_safetensors, resolve, where
+from llmtk.models.errors import loading
+from llmtk.models.loading import check_finite, fit_embeddings, set_padding
+from llmtk.models.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Write the model, or its adapter alone, with tokenizer, chat template and generation config.
+
+    A full model loads with ``AutoModelForCausalLM.from_pretrained(path)``, an adapter with
+    ``AutoPeftModelForCausalLM``, as long as its base stays where it is: the adapter records it by its absolute path.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for config in getattr(model, "peft_config", {}).values():
+        config.base_model_name_or_path = _absolute(config.base_model_name_or_path)
+    model.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_folder(path: str | Path) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Load what ``save_model`` wrote. This is ``llmtk.load``, which says more."""
+    folder = Path(resolve(str(path)))
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _load_adapter(folder)
+    return _load_full(str(path))
+
+
+def _load_full(name: str, tokenizer_name: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM
+
+    config = ModelConfig(name_or_path=name, tokenizer=tokenizer_name)
+    check_model(config)
+    tokenizer = load_tokenizer(config)
+    with loading(f"the model {where(name)}"):
+        model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype="auto", use_safetensors=True)
+    check_finite(model, name)
+    fit_embeddings(model, tokenizer)
+    set_padding(model, tokenizer)
+    return model.eval(), tokenizer
+
+
+def _load_adapter(folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    from peft import PeftModel
+    from transformers import GenerationConfig
+
+    check_safetensors(folder / ADAPTER_WEIGHTS)
+    own_tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
+    base, tokenizer = _load_full(_base_of(folder), own_tokenizer)
+    with loading(f"the adapter {folder}"):
+        model = PeftModel.from_pretrained(base, folder)
+    check_finite(model, str(folder))
+    if (folder / "generation_config.json").is_file():
+        base.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval(), tokenizer
+
+
+def _base_of(folder: Path) -> str:
+    with loading(f"the adapter {folder}"):
+        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not isinstance(base, str):
+        raise ModelLoadError(
+            f"{folder} is an adapter that does not say which model it belongs to. {_mend_base(folder)}"
+        )
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise ModelLoadError(f"{folder} is an adapter on {base}, which is not there any more. {_mend_base(folder)}")
+    return base
+
+
+def _mend_base(folder: Path) -> str:
+    return f"Put the base model's folder into base_model_name_or_path of {folder / ADAPTER_CONFIG}"
+
+
+def _absolute(name: str | None) -> str | None:
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
