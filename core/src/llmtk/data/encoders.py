@@ -1,0 +1,245 @@
+"""How each row type becomes tokens and targets.
+
+A new row type is encoded by one function under :func:`encoder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from llmtk.data.dialogue import Rendered, mark, render_spans
+from llmtk.data.rows import Dialogue, Message, PromptCompletion, Row, RowError, Text
+from llmtk.data.templates import chat_template, render
+from llmtk.errors import ConfigurationError, DatasetError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    from llmtk.config.sections import DataConfig
+
+
+@dataclass
+class EncodingReport:
+    """What became of the rows. ``notices`` are for the user to read; the caller prints them."""
+
+    rows: int = 0
+    """Rows in the result."""
+    tokens: int = 0
+    targets: int = 0
+    """Tokens that the loss is taken on; of documents, all."""
+    truncated: int = 0
+    too_long: list[str] = field(default_factory=list)
+    """Places of rows left out for being over max_length."""
+    without_target: list[str] = field(default_factory=list)
+    """Places of rows left out since no target was left."""
+    unknown: int = 0
+    """Tokens that stand for text which the tokenizer doesn't know."""
+    moved: int = 0
+    """Rows in which one token joins the prompt's end with the answer's beginning."""
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def dropped(self) -> list[str]:
+        """Places of all rows that were left out."""
+        return self.too_long + self.without_target
+
+    def notice_once(self, text: str) -> None:
+        if text not in self.notices:
+            self.notices.append(text)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row's tokens, shape (tokens,), and which of them are targets (None: a document, all of it)."""
+
+    ids: NDArray[np.int64]
+    targets: NDArray[np.bool_] | None
+    place: str
+
+
+@dataclass
+class Context:
+    """What encoders share: the tokenizer, what follows from it and the configuration, and the report."""
+
+    tokenizer: PreTrainedTokenizerBase
+    config: DataConfig
+    report: EncodingReport
+
+    @cached_property
+    def template(self) -> str:
+        """The chat template's text."""
+        return chat_template(self.tokenizer, self.config.template)
+
+    @cached_property
+    def eos(self) -> int:
+        """The end token. Raises :class:`ConfigurationError` where the tokenizer has none."""
+        if self.tokenizer.eos_token_id is None:
+            raise ConfigurationError(
+                "The tokenizer has no end token (eos_token), so the model couldn't learn to stop: give it one, or use "
+                "a chat template that closes each turn with a special token."
+            )
+        return int(self.tokenizer.eos_token_id)
+
+    @cached_property
+    def bos(self) -> list[int]:
+        """What the tokenizer itself puts before a text: its first token, or nothing."""
+        first = self.tokenizer("")["input_ids"][:1]
+        return first if first == [self.tokenizer.bos_token_id] else []
+
+    @cached_property
+    def stops(self) -> frozenset[int]:
+        """Tokens that can end a turn: the end token and every special token without another duty."""
+        tokenizer = self.tokenizer
+        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        duties = {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id}
+        return frozenset((special - duties) | ({tokenizer.eos_token_id} - {None}))
+
+    def tokens(self, texts: list[str], *, offsets: bool = False) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Return each text's token ids, shape (tokens,), and, if asked for, their characters, shape (tokens, 2).
+
+        No special token is added: a template or an encoder has put them where they belong.
+        """
+        if offsets and not self.tokenizer.is_fast:
+            raise ConfigurationError(
+                "The tokenizer is a slow one, which doesn't say where its tokens stand in the text; dialogues need a "
+                "fast one (a folder with a tokenizer.json)."
+            )
+        found = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=offsets,
+            verbose=False,
+        )
+        characters = found["offset_mapping"] if offsets else [[]] * len(texts)
+        return [
+            (np.asarray(ids, dtype=np.int64), np.asarray(pairs, dtype=np.int64).reshape(-1, 2))
+            for ids, pairs in zip(found["input_ids"], characters, strict=True)
+        ]
+
+    def moved_boundary(self, place: str, token: int) -> None:
+        """Count a row in which ``token`` joins the end of what is given with the beginning of what is learnt."""
+        if not self.report.moved:
+            text = self.tokenizer.convert_ids_to_tokens(token)
+            self.report.notices.append(
+                f"{place}: the token {text!r} joins the prompt's end with the answer's beginning. It is a target, here "
+                "and wherever else this happens. An answer that begins apart from the prompt, or a prompt that ends "
+                "without white space, avoids it."
+            )
+        self.report.moved += 1
+
+
+Turns = tuple[list[Message], list[dict[str, Any]] | None, int, str]
+"""Messages, tools, the index of the first message that may be learnt, and the row's place."""
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+Encoder = Callable[[Context, Sequence[Any]], Iterator[Encoded]]
+ENCODERS: dict[str, Encoder] = {}
+"""Row type -> what encodes a batch of such rows, in their order."""
+
+
+def encoder(
+    row_type: type[AnyRow],
+) -> Callable[
+    [Callable[[Context, Sequence[AnyRow]], Iterator[Encoded]]],
+    Callable[[Context, Sequence[AnyRow]], Iterator[Encoded]],
+]:
+    """Register the decorated function as the encoder of a row type."""
+
+    def register(
+        function: Callable[[Context, Sequence[AnyRow]], Iterator[Encoded]],
+    ) -> Callable[[Context, Sequence[AnyRow]], Iterator[Encoded]]:
+        ENCODERS[row_type.type] = function
+        return function
+
+    return register
+
+
+@encoder(Text)
+def _encode_texts(context: Context, rows: Sequence[Text]) -> Iterator[Encoded]:
+    """Without an end token: who packs documents puts it between them."""
+    for row, (ids, _) in zip(rows, context.tokens([row.text for row in rows]), strict=True):
+        yield Encoded(ids, None, row.place)
+
+
+@encoder(Dialogue)
+def _encode_dialogues(context: Context, rows: Sequence[Dialogue]) -> Iterator[Encoded]:
+    """All turns of the assistant are targets."""
+    return _encode_turns(context, [(row.messages, row.tools, 0, row.place) for row in rows])
+
+
+@encoder(PromptCompletion)
+def _encode_completions(context: Context, rows: Sequence[PromptCompletion]) -> Iterator[Encoded]:
+    """Plain ones as they stand, without a template; of conversational ones the completion's turns are targets."""
+    for plain, group in groupby(rows, key=lambda row: isinstance(row.prompt, str)):
+        alike = list(group)
+        yield from _encode_plain(context, alike) if plain else _encode_turns(context, [_turns(row) for row in alike])
+
+
+def _turns(row: PromptCompletion) -> Turns:
+    assert isinstance(row.prompt, list)
+    assert isinstance(row.completion, list)
+    return row.prompt + row.completion, row.tools, len(row.prompt), row.place
+
+
+def _encode_plain(context: Context, rows: Sequence[PromptCompletion]) -> Iterator[Encoded]:
+    prompts = [str(row.prompt) for row in rows]
+    wholes = [f"{row.prompt}{row.completion}" for row in rows]
+    tokens = context.tokens(prompts + wholes)
+    bos = np.asarray(context.bos, dtype=np.int64)
+    for row, (prompt, _), (whole, _) in zip(rows, tokens[: len(rows)], tokens[len(rows) :], strict=True):
+        boundary = _common(prompt, whole)
+        if boundary < min(len(prompt), len(whole)):
+            context.moved_boundary(row.place, int(whole[boundary]))
+        end = [] if len(whole) and whole[-1] == context.eos else [context.eos]
+        ids = np.concatenate([bos, whole, np.asarray(end, dtype=np.int64)])
+        yield Encoded(ids, np.arange(len(ids)) >= len(bos) + boundary, row.place)
+
+
+def _common(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
+    """Return how many tokens the two have in common from the start."""
+    length = min(len(first), len(second))
+    differing = np.flatnonzero(first[:length] != second[:length])
+    return int(differing[0]) if len(differing) else length
+
+
+def _encode_turns(context: Context, dialogues: Sequence[Turns]) -> Iterator[Encoded]:
+    rendered = [_render(context, *dialogue) for dialogue in dialogues]
+    tokens = context.tokens([item.text for item in rendered], offsets=True)
+    for item, (ids, offsets), (*_, place) in zip(rendered, tokens, dialogues, strict=True):
+        marked = mark(item, ids, offsets, context.stops)
+        targets = marked.targets
+        if marked.straddling is not None:
+            context.moved_boundary(place, int(ids[marked.straddling]))
+        if not marked.stopped:
+            ids, targets = np.append(ids, context.eos), np.append(targets, True)
+            context.report.notice_once(
+                "The chat template puts no special token behind the assistant's last turn: the end token "
+                f"{context.tokenizer.eos_token} is put there, and is a target."
+            )
+        yield Encoded(ids, targets, place)
+
+
+def _render(
+    context: Context, messages: list[Message], tools: list[dict[str, Any]] | None, first: int, place: str
+) -> Rendered:
+    def text(part: list[Message], prompt: bool, tools: list[dict[str, Any]] | None = tools) -> str:
+        return render(context.tokenizer, context.template, part, tools, prompt=prompt)
+
+    try:
+        rendered = render_spans(text, messages, first=first, closing=context.tokenizer.eos_token)
+        if tools and text(messages, False, None) == text(messages, False):
+            context.report.notice_once(f"{place}: the chat template doesn't show tools: the model will not see them.")
+    except RowError as error:
+        raise DatasetError(f"{place}: {error}.") from error
+    return rendered

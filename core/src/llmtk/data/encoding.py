@@ -1,0 +1,156 @@
+"""From rows to the data set that a stage trains on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import groupby, islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmtk.data.encoders import ENCODERS, Context, Encoded, EncodingReport
+from llmtk.errors import DatasetError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import pyarrow
+    from datasets import Dataset
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    from llmtk.config.sections import DataConfig
+    from llmtk.data.rows import Row
+
+BATCH = 512
+"""Rows that go to the tokenizer at a time."""
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    *,
+    vocab_size: int | None = None,
+) -> tuple[Dataset, EncodingReport]:
+    """Return the rows as tokens, in their order, and a report of what was cut, left out or moved.
+
+    The data set is in memory. Its columns: ``input_ids`` (int32 list), ``place`` (text) and, but for documents,
+    ``targets`` (boolean list, as long as ``input_ids``; a sequence's first token is never a target). A sequence is cut
+    at, or left out over, ``config.max_length`` tokens; documents are neither.
+
+    ``vocab_size`` is the number of the model's embeddings, if it is known.
+
+    Raises :class:`DatasetError` where a row cannot be rendered, holds a token beyond the vocabulary, or no row is left,
+    and :class:`ConfigurationError` for want of a chat template or an end token.
+    """
+    report = EncodingReport()
+    context = Context(tokenizer, config, report)
+    tables = []
+    pending = iter(rows)
+    while batch := list(islice(pending, BATCH)):
+        encoded = list(_encode_batch(context, batch))
+        _check_vocabulary(encoded, tokenizer, vocab_size)
+        kept = [fitted for item in encoded if (fitted := _fit(item, config, report))]
+        _count(kept, tokenizer, report)
+        if kept:
+            tables.append(_table(kept))
+    _say(report, config)
+    if not tables:
+        raise DatasetError("\n".join([f"None of the {len(rows)} rows is left to train on.", *report.notices]))
+    return _dataset(tables), report
+
+
+def _encode_batch(context: Context, rows: list[Row]) -> Iterator[Encoded]:
+    for row_type, group in groupby(rows, key=lambda row: row.type):
+        yield from ENCODERS[row_type](context, list(group))
+
+
+def _fit(item: Encoded, config: DataConfig, report: EncodingReport) -> Encoded | None:
+    """Return the row within max_length, its first token no target, or None if nothing is left to learn."""
+    if item.targets is None:
+        if not len(item.ids):
+            report.without_target.append(item.place)
+        return item if len(item.ids) else None
+    targets = item.targets.copy()
+    targets[:1] = False
+    over = len(item.ids) > config.max_length
+    if over and config.on_too_long == "drop":
+        report.too_long.append(item.place)
+        return None
+    targets = targets[: config.max_length]
+    if not targets.any():
+        report.without_target.append(item.place)
+        return None
+    report.truncated += over
+    return replace(item, ids=item.ids[: config.max_length], targets=targets)
+
+
+def _check_vocabulary(batch: list[Encoded], tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
+    size = len(tokenizer) if vocab_size is None else min(vocab_size, len(tokenizer))
+    for item in batch:
+        if len(item.ids) and item.ids.max() >= size:
+            token = int(item.ids.max())
+            owner = "the tokenizer's vocabulary" if vocab_size is None else "the model's embeddings"
+            raise DatasetError(
+                f"{item.place}: token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) is beyond {owner}, which "
+                f"ends at {size - 1}: the tokenizer belongs to another model, or the embeddings want resizing."
+            )
+
+
+def _count(batch: list[Encoded], tokenizer: PreTrainedTokenizerBase, report: EncodingReport) -> None:
+    # GPT-2's like give their end token as the unknown one, and never use it as such.
+    unknown = None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
+    for item in batch:
+        report.rows += 1
+        report.tokens += len(item.ids)
+        report.targets += len(item.ids) if item.targets is None else int(item.targets.sum())
+        report.unknown += 0 if unknown is None else int((item.ids == unknown).sum())
+
+
+def _say(report: EncodingReport, config: DataConfig) -> None:
+    """Put the counts into words, behind what the encoders had to say."""
+    say = report.notices.append
+    if report.moved > 1:
+        say(f"Rows in which a token joins the prompt's end with the answer's beginning: {report.moved}.")
+    if report.truncated:
+        say(f"Rows cut at max_length, {config.max_length} tokens: {report.truncated}.")
+    if report.too_long:
+        say(f"Rows left out, over max_length, {config.max_length} tokens: {_places(report.too_long)}.")
+    if report.without_target:
+        say(f"Rows left out, no target within max_length, {config.max_length}: {_places(report.without_target)}.")
+    if report.unknown:
+        say(f"Tokens for text that the tokenizer doesn't know: {report.unknown} of {report.tokens}.")
+
+
+def _places(places: list[str]) -> str:
+    more = ", ..." if len(places) > 3 else ""
+    return f"{len(places)} ({', '.join(places[:3])}{more})"
+
+
+def _table(batch: list[Encoded]) -> pyarrow.Table:
+    import pyarrow as pa
+
+    columns: dict[str, Any] = {"input_ids": _lists([item.ids for item in batch], np.int32)}
+    targets = [item.targets for item in batch if item.targets is not None]
+    if targets:
+        assert len(targets) == len(batch), "documents and rows with targets don't mix"
+        columns["targets"] = _lists(targets, np.bool_)
+    columns["place"] = pa.array([item.place for item in batch], pa.string())
+    return pa.table(columns)
+
+
+def _lists(values: Sequence[NDArray[Any]], dtype: type[np.generic]) -> pyarrow.ListArray:
+    import pyarrow as pa
+
+    offsets = np.concatenate([[0], np.cumsum([len(value) for value in values])])
+    return pa.ListArray.from_arrays(
+        pa.array(offsets, pa.int32()), pa.array(np.concatenate(values).astype(dtype, copy=False))
+    )
+
+
+def _dataset(tables: list[pyarrow.Table]) -> Dataset:
+    import pyarrow as pa
+    from datasets import Dataset
+
+    return Dataset(pa.concat_tables(tables))

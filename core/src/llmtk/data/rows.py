@@ -1,0 +1,186 @@
+"""What a row is, before any tokenizer has seen it, and which kind of row can become which other.
+
+A new row type is one dataclass here (or anywhere that imports this module) and, where a conversion makes sense, one
+function under :func:`conversion`. Nothing else in the package lists the types.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+Message = dict[str, Any]
+
+
+class RowError(ValueError):
+    """Why a row cannot be used, in a few words. Who catches it knows the row's place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One example. ``place`` is where a person finds it: ``data.jsonl:12``, ``data.json: row 12`` or ``row 12``."""
+
+    type: ClassVar[str]
+    place: str = ""
+
+    def check(self) -> None:
+        """Raise :class:`RowError` if no stage could train on this row."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Text(Row):
+    """A document."""
+
+    type: ClassVar[str] = "text"
+    text: str
+
+    def check(self) -> None:
+        check_text("text", self.text)
+
+
+@dataclass(frozen=True)
+class Dialogue(Row):
+    """A conversation: messages with a role and a content, and the tools that the assistant may call."""
+
+    type: ClassVar[str] = "dialogue"
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+    def check(self) -> None:
+        check_messages("messages", self.messages)
+        check_assistant("messages", self.messages)
+        check_tools(self.tools)
+
+
+@dataclass(frozen=True)
+class PromptCompletion(Row):
+    """What is given and what is to be learnt: both text, trained on as it stands, or both lists of messages."""
+
+    type: ClassVar[str] = "prompt_completion"
+    prompt: str | list[Message]
+    completion: str | list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+    def check(self) -> None:
+        if isinstance(self.prompt, str) and isinstance(self.completion, str):
+            check_text("prompt", self.prompt, may_be_empty=True)
+            check_text("completion", self.completion)
+            return
+        if isinstance(self.prompt, str) or isinstance(self.completion, str):
+            raise RowError("prompt and completion are of two kinds: both must be text, or both lists of messages")
+        check_messages("prompt", self.prompt)
+        check_messages("completion", self.completion)
+        check_assistant("completion", self.completion)
+        check_tools(self.tools)
+
+
+def check_text(name: str, value: object, *, may_be_empty: bool = False) -> None:
+    """Raise :class:`RowError` unless ``value`` is text that a tokenizer can read."""
+    if not isinstance(value, str):
+        raise RowError(f"{name} is {kind(value)}; text is expected")
+    if not may_be_empty and not value.strip():
+        raise RowError(f"{name} is empty")
+    check_unicode(name, value)
+
+
+def check_unicode(name: str, value: str) -> None:
+    """Raise :class:`RowError` for half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"{name} holds half a surrogate pair at character {error.start}") from error
+
+
+def check_messages(name: str, messages: object) -> None:
+    """Raise :class:`RowError` unless ``messages`` is a list of messages, each with a role and a content."""
+    if not isinstance(messages, list):
+        raise RowError(f"{name} is {kind(messages)}; a list of messages is expected")
+    if not messages:
+        raise RowError(f"{name} is empty")
+    for number, message in enumerate(messages, start=1):
+        _check_message(f"message {number} of {name}", message)
+
+
+def _check_message(name: str, message: object) -> None:
+    if not isinstance(message, dict):
+        raise RowError(f"{name} is {kind(message)}; an object with role and content is expected")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise RowError(f"{name} has no role" if role in (None, "") else f"role of {name} is {kind(role)}, not text")
+    check_unicode(f"role of {name}", role)
+    if content is None and message.get("tool_calls"):
+        return
+    if content is None:
+        raise RowError(f"{name} ({role}) has no content")
+    # An empty answer teaches nothing but to say nothing; an empty question is a question.
+    check_text(
+        f"content of {name} ({role})", content, may_be_empty=role != "assistant" or bool(message.get("tool_calls"))
+    )
+
+
+def check_assistant(name: str, messages: list[Message]) -> None:
+    """Raise :class:`RowError` if the messages hold nothing to learn."""
+    roles = list(dict.fromkeys(message["role"] for message in messages))
+    if "assistant" not in roles:
+        raise RowError(f"{name} has no turn of the assistant; its roles are {', '.join(roles)}")
+
+
+def check_tools(tools: object) -> None:
+    """Raise :class:`RowError` unless ``tools`` is a list of JSON schemas, or absent."""
+    if tools is None:
+        return
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError(f"tools is {kind(tools)}; a list of objects is expected")
+
+
+def kind(value: object) -> str:
+    """Return what a value is, in the words of JSON."""
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+CONVERSIONS: dict[tuple[str, str], Callable[[Any], Sequence[Row]]] = {}
+"""(from, to) -> the function that makes rows of the one type from a row of the other."""
+
+
+def conversion(
+    source: type[AnyRow], target: type[Row]
+) -> Callable[[Callable[[AnyRow], Sequence[Row]]], Callable[[AnyRow], Sequence[Row]]]:
+    """Register the decorated function as the conversion from one row type to another.
+
+    It gives a sequence, since one row may become several, and raises :class:`RowError` for a row that has no
+    counterpart.
+    """
+
+    def register(function: Callable[[AnyRow], Sequence[Row]]) -> Callable[[AnyRow], Sequence[Row]]:
+        CONVERSIONS[source.type, target.type] = function
+        return function
+
+    return register
+
+
+def reachable(row_type: str, wanted: Sequence[str]) -> str | None:
+    """Return ``row_type`` if it is wanted, else the first wanted type that it converts to, else None."""
+    if row_type in wanted:
+        return row_type
+    return next((name for name in wanted if (row_type, name) in CONVERSIONS), None)
+
+
+def convert(row: Row, wanted: Sequence[str]) -> Sequence[Row]:
+    """Return ``row`` as rows of a wanted type (see :func:`reachable`). Raises :class:`RowError` where there is none."""
+    target = reachable(row.type, wanted)
+    if target is None:
+        raise RowError(f"a row of type {row.type} cannot become one of {', '.join(wanted)}")
+    return [row] if target == row.type else CONVERSIONS[row.type, target](row)
+
+
+@conversion(PromptCompletion, Dialogue)
+def _join_turns(row: PromptCompletion) -> list[Row]:
+    if isinstance(row.prompt, str) or isinstance(row.completion, str):
+        raise RowError("prompt and completion are plain text, which has no turns; give them as lists of messages")
+    return [Dialogue(row.prompt + row.completion, row.tools, place=row.place)]
