@@ -21,7 +21,14 @@ from llmtk.models.tokenizers import stop_token_ids, train_tokenizer
 
 BATCH, WARMUP, LEARNING_RATE = 64, 100, 1e-3
 CHECK_FROM, CHECK_EVERY, CHECK_ROWS = 600, 25, 400
+VOCABULARY = 384
 IGNORED = -100
+
+
+def build_tokenizer():
+    """Return a byte-level BPE tokenizer to which a number's word is one token, and each digit is one."""
+    texts = [problem.prompt for problem in addition.problems("train", 14_000) if problem.words]
+    return train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=VOCABULARY), [*texts, "user", "assistant"])
 
 
 def build_model(tokenizer):
@@ -115,7 +122,7 @@ def main():
 
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(2)
-    tokenizer = train_tokenizer(TokenizerConfig(kind="byte"), [])
+    tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     print(f"{model.num_parameters():,} parameters")
     train(model, tokenizer, arguments.target, arguments.seed)

@@ -1,7 +1,7 @@
-"""The demo's task: adding two numbers of two digits, in digits or in words. Every answer can be verified.
+"""The demo's task: adding two numbers of two digits, asked in digits or in words. Every answer can be verified.
 
     37+48=                          85
-    thirty-seven plus forty-eight   eighty-five
+    thirty-seven plus forty-eight   85
 
 A pair of numbers belongs to one split for good, whatever its order and notation: a problem that is held out was never
 trained on in another dress. A stage makes the rows that it needs from ``problems``.
@@ -28,7 +28,7 @@ _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ni
 
 @dataclass(frozen=True)
 class Problem:
-    """``first + second``, both from 10 to 99, asked and answered in words or in digits."""
+    """``first + second``, both from 10 to 99, asked in words or in digits."""
 
     first: int
     second: int
@@ -43,19 +43,12 @@ class Problem:
 
     @property
     def answer(self) -> str:
-        """The only right answer."""
-        return self.write(self.first + self.second)
-
-    def write(self, number: int) -> str:
-        """Return a number from 0 to 999 in the notation of this problem."""
-        return in_words(number) if self.words else str(number)
+        """The only right answer, in digits."""
+        return str(self.first + self.second)
 
 
 def in_words(number: int) -> str:
-    """Return a number from 0 to 999 in words: ``153`` is ``"one hundred fifty-three"``."""
-    if number >= 100:
-        rest = f" {in_words(number % 100)}" if number % 100 else ""
-        return f"{_ONES[number // 100]} hundred{rest}"
+    """Return a number from 0 to 99 in words: ``48`` is ``"forty-eight"``."""
     if number < 20:
         return _ONES[number]
     return _TENS[number // 10 - 2] + (f"-{_ONES[number % 10]}" if number % 10 else "")
@@ -112,5 +105,5 @@ def _is_held_out(first: int, second: int) -> bool:
 
 
 def _sentence(problem: Problem) -> str:
-    first, second = problem.write(problem.first), problem.write(problem.second)
-    return f"Add {second} to {first} and you have {problem.answer}."
+    write = in_words if problem.words else str
+    return f"Add {write(problem.second)} to {write(problem.first)} and you have {problem.answer}."

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import warnings
 from typing import TYPE_CHECKING
 
 from llmtk.errors import ConfigurationError
-from llmtk.models.errors import summary
+from llmtk.models.errors import quietly, summary
 from llmtk.models.loading import seeded
 
 if TYPE_CHECKING:
@@ -32,8 +31,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, seed: int = 0) 
 
     _check_modules_to_save(model, peft_config.modules_to_save)
     options = peft_config.model_dump(exclude={"method"})
-    with seeded(seed), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out")  # peft sets it right by itself for Conv1D
+    with seeded(seed), quietly():
         try:
             return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
         except ValueError as error:

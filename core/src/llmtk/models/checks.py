@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmtk.config.sections import ModelConfig
 
 BUILTIN = "builtin"
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NOT_WEIGHTS = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "scaler.pt"}
 _OWN_KEYS = {"dtype", "torch_dtype", "attn_implementation", "trust_remote_code", "revision"}
 _ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
@@ -31,8 +31,24 @@ def check_model(config: ModelConfig) -> None:
         ConfigurationError: No model is named, or ``from_config`` has a type or a field that transformers lacks.
         ModelLoadError: The folder is missing or incomplete, holds pickled, truncated or remote-code weights.
     """
+    check_origin(config)
+    if isinstance(config.tokenizer, str):
+        _check_exists("model.tokenizer", config.tokenizer)
+    elif config.tokenizer is not None and config.name_or_path:
+        raise ConfigurationError(
+            "model.tokenizer: a trained tokenizer gives token ids a new meaning, which name_or_path's weights do not "
+            "know. Leave it out (the model has its own), or train from scratch with from_config"
+        )
+    elif config.tokenizer is None and config.from_config:
+        raise ConfigurationError(
+            "model.tokenizer: a model from from_config has no tokenizer of its own: give a tokenizer's folder, or "
+            "train one on the data with {kind: char}, {kind: byte} or {kind: bpe, vocab_size: 8192}"
+        )
+
+
+def check_origin(config: ModelConfig) -> None:
+    """Check where the weights come from: the part of ``check_model`` that is not about the tokenizer."""
     if config.name_or_path:
-        _check_own_tokenizer(config)
         _check_named(config.name_or_path, trust_remote_code=config.trust_remote_code)
     elif config.from_config is not None:
         build_config(config.from_config)
@@ -41,8 +57,6 @@ def check_model(config: ModelConfig) -> None:
             "model: no model is given. Give name_or_path (a folder, a hub name, or builtin) to continue a model, or "
             "from_config ({model_type: llama, hidden_size: 256, ...}) to train one from scratch"
         )
-    if isinstance(config.tokenizer, str):
-        _check_exists("model.tokenizer", config.tokenizer)
 
 
 def resolve(name: str) -> str:
@@ -53,9 +67,14 @@ def resolve(name: str) -> str:
     return str(folder) if folder.exists() else name
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether the name is left to the hub, because there is no such folder here."""
+    return not Path(resolve(name)).exists()
+
+
 def where(name: str) -> str:
-    """Return how an error names a model: one that is no folder here was looked for on the hub."""
-    return name if Path(resolve(name)).exists() else f"{name} (no such folder here, so it was looked for on the hub)"
+    """Return how an error names a model: with where it was looked for."""
+    return f"{name} (no such folder here, so it was looked for on the hub)" if is_hub_name(name) else name
 
 
 def build_config(fields: dict[str, Any]) -> Any:
@@ -65,11 +84,14 @@ def build_config(fields: dict[str, Any]) -> Any:
         ConfigurationError: An unknown ``model_type`` or field, or values that the configuration class refuses.
     """
     from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_TYPES
 
     model_type = fields["model_type"]
-    if model_type not in CONFIG_MAPPING:
-        near = suggest(str(model_type), CONFIG_MAPPING)
-        raise ConfigurationError(f"model.from_config.model_type: transformers has no {model_type!r}.{near}")
+    if model_type not in CAUSAL_TYPES:
+        near = suggest(str(model_type), CAUSAL_TYPES)
+        raise ConfigurationError(
+            f"model.from_config.model_type: transformers has no causal language model {model_type!r}.{near}"
+        )
     config_class = CONFIG_MAPPING[model_type]
     given = {key: value for key, value in fields.items() if key != "model_type"}
     for key in given:
@@ -117,24 +139,14 @@ def check_safetensors(file: Path) -> None:
         )
 
 
-def _check_own_tokenizer(config: ModelConfig) -> None:
-    if config.tokenizer is not None and not isinstance(config.tokenizer, str):
-        raise ConfigurationError(
-            "model.tokenizer: a trained tokenizer gives token ids a new meaning, which name_or_path's weights do not "
-            "know. Leave it out (the model has its own), or train from scratch with from_config"
-        )
-
-
 def _check_named(name: str, *, trust_remote_code: bool) -> None:
-    folder = Path(resolve(name))
-    if folder.exists():
-        check_folder(folder, trust_remote_code=trust_remote_code)
-    else:
-        _check_exists("model.name_or_path", name)
+    _check_exists("model.name_or_path", name)
+    if not is_hub_name(name):
+        check_folder(Path(resolve(name)), trust_remote_code=trust_remote_code)
 
 
 def _check_exists(key: str, name: str) -> None:
-    if not Path(resolve(name)).exists() and not _HUB_NAME.fullmatch(name):
+    if is_hub_name(name) and not _HUB_NAME.fullmatch(name):
         raise ModelLoadError(f"{key}: there is no folder {name}. Give a folder that exists, or a hub name (org/name)")
 
 

@@ -1,7 +1,8 @@
-"""How the errors of transformers, safetensors, peft and the hub become errors of llmtk."""
+"""How what transformers, safetensors, peft and the hub say reaches the user: errors as llmtk's, no progress bars."""
 
 from __future__ import annotations
 
+import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,9 @@ from llmtk.errors import LlmtkError, ModelLoadError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+_NOT_FOR_USERS = (".*fan_in_fan_out", ".*is_gradient_checkpointing", ".*save_embedding_layers")
 
 
 @contextmanager
@@ -20,6 +24,23 @@ def loading(what: str, mend: str = "") -> Iterator[None]:
         raise
     except Exception as error:  # the libraries raise everything from OSError to AttributeError for a bad folder
         raise ModelLoadError(f"{what} cannot be loaded: {summary(error)}{mend and ' ' + mend}") from error
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Show no progress bars inside the block, nor the warnings of libraries about what they mend themselves."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            for message in _NOT_FOR_USERS:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def summary(error: Exception, limit: int = 400) -> str:

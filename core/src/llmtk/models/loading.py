@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from llmtk.errors import ConfigurationError, ModelLoadError
-from llmtk.models.checks import build_config, check_model, resolve, where
-from llmtk.models.errors import loading
+from llmtk.models.checks import build_config, check_origin, is_hub_name, resolve, where
+from llmtk.models.errors import loading, quietly
 from llmtk.models.tokenizers import stop_token_ids
 
 if TYPE_CHECKING:
@@ -47,13 +47,11 @@ def load_model(
         ConfigurationError: A combination that cannot be run.
         ModelLoadError: A model that cannot be loaded, lacks weights, or has weights that are not finite.
     """
-    check_model(config)
+    check_origin(config)
     dtype = _weights_dtype(config, compute_dtype, trained=trainable and not frozen_base)
     with seeded(seed):
-        model = _from_scratch(config, tokenizer, dtype) if config.from_config else _pretrained(config, dtype)
+        model = _from_scratch(config, tokenizer, dtype) if config.from_config else pretrained(config, dtype)
         fit_embeddings(model, tokenizer)
-    if not config.from_config:
-        check_finite(model, str(config.name_or_path))
     set_padding(model, tokenizer)
     if not trainable:
         model.requires_grad_(False).eval()
@@ -126,11 +124,16 @@ def _attention(config: ModelConfig) -> dict[str, Any]:
     return {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
 
 
-def _pretrained(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+def pretrained(config: ModelConfig, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
+    """Load ``config.name_or_path`` as it is, in ``dtype`` (``auto``: as it was saved), its weights checked.
+
+    Raises:
+        ModelLoadError: It cannot be loaded, lacks weights, or has weights that are not finite.
+    """
     from transformers import AutoModelForCausalLM
 
     name = str(config.name_or_path)
-    with loading(f"model.name_or_path: the model {where(name)}"):
+    with loading(f"the model {where(name)}"), nullcontext() if is_hub_name(name) else quietly():
         model, info = AutoModelForCausalLM.from_pretrained(
             resolve(name),
             revision=config.revision,
@@ -143,9 +146,10 @@ def _pretrained(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     if missing := sorted(info["missing_keys"]):
         # transformers would go on with random numbers in their place
         raise ModelLoadError(
-            f"model.name_or_path: {name} lacks {len(missing)} of the weights of {type(model).__name__}, the first of "
-            f"them {missing[0]}. It was saved from another kind of model, or not in full"
+            f"{name} lacks {len(missing)} of the weights of {type(model).__name__}, the first of them {missing[0]}. "
+            "It was saved from another kind of model, or not in full"
         )
+    check_finite(model, name)
     return model
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from llmtk.config.sections import ModelConfig
 from llmtk.errors import ModelLoadError
-from llmtk.models.checks import check_model, check_safetensors, resolve, where
-from llmtk.models.errors import loading
-from llmtk.models.loading import check_finite, fit_embeddings, set_padding
+from llmtk.models.checks import check_safetensors, resolve
+from llmtk.models.errors import loading, quietly
+from llmtk.models.loading import check_finite, fit_embeddings, pretrained, seeded, set_padding
 from llmtk.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
     folder.mkdir(parents=True, exist_ok=True)
     for config in getattr(model, "peft_config", {}).values():
         config.base_model_name_or_path = _absolute(config.base_model_name_or_path)
-    model.save_pretrained(folder)
+    with quietly():
+        model.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -48,15 +49,11 @@ def load_folder(path: str | Path) -> tuple[PreTrainedModel | PeftModel, PreTrain
 
 
 def _load_full(name: str, tokenizer_name: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM
-
     config = ModelConfig(name_or_path=name, tokenizer=tokenizer_name)
-    check_model(config)
     tokenizer = load_tokenizer(config)
-    with loading(f"the model {where(name)}"):
-        model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype="auto", use_safetensors=True)
-    check_finite(model, name)
-    fit_embeddings(model, tokenizer)
+    model = pretrained(config, "auto")
+    with seeded(0):
+        fit_embeddings(model, tokenizer)
     set_padding(model, tokenizer)
     return model.eval(), tokenizer
 
@@ -68,7 +65,7 @@ def _load_adapter(folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     check_safetensors(folder / ADAPTER_WEIGHTS)
     own_tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
     base, tokenizer = _load_full(_base_of(folder), own_tokenizer)
-    with loading(f"the adapter {folder}"):
+    with loading(f"the adapter {folder}"), quietly():
         model = PeftModel.from_pretrained(base, folder)
     check_finite(model, str(folder))
     if (folder / "generation_config.json").is_file():

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from llmtk.errors import ConfigurationError
-from llmtk.models.checks import resolve, where
+from llmtk.models.checks import check_model, resolve, where
 from llmtk.models.errors import loading
 
 if TYPE_CHECKING:
@@ -40,9 +40,10 @@ def load_tokenizer(
         training_texts: Gives the texts that a tokenizer is trained on. Called only if one is to be trained.
 
     Raises:
-        ConfigurationError: The section asks for a tokenizer that it gives no way to make.
-        ModelLoadError: The folder or hub name has no tokenizer that loads.
+        ConfigurationError: The section has no tokenizer, or one to be trained without text.
+        ModelLoadError: The folder or hub name has no tokenizer that loads, or fails ``check_model``.
     """
+    check_model(config)
     wanted = config.tokenizer
     if wanted is None or isinstance(wanted, str):
         tokenizer = _pretrained(config, wanted)
@@ -86,7 +87,7 @@ def ensure_padding(tokenizer: PreTrainedTokenizerFast) -> None:
     the stop token too, and the model would never learn to stop.
     """
     if tokenizer.pad_token is None or _is_in_use(tokenizer, tokenizer.pad_token):
-        tokenizer.pad_token = _unused_special_token(tokenizer) or PAD  # a token not in the vocabulary is added to it
+        tokenizer.add_special_tokens({"pad_token": _unused_special_token(tokenizer) or PAD})
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -100,17 +101,13 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 def _pretrained(config: ModelConfig, name: str | None) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
-    name, key = (name, "model.tokenizer") if name else (config.name_or_path, "model.name_or_path")
-    if name is None:
-        raise ConfigurationError(
-            "model.tokenizer: a model from from_config has no tokenizer of its own: give a tokenizer's folder, or "
-            "train one on the data with {kind: char}, {kind: byte} or {kind: bpe, vocab_size: 8192}"
-        )
+    key, name, revision = (
+        ("model.tokenizer", name, None) if name else ("model.name_or_path", str(config.name_or_path), config.revision)
+    )
     mend = "Give model.tokenizer: a folder with tokenizer.json and tokenizer_config.json."
     with loading(f"{key}: the tokenizer of {where(name)}", mend):
-        own = key == "model.name_or_path"
         return AutoTokenizer.from_pretrained(
-            resolve(name), revision=config.revision if own else None, trust_remote_code=config.trust_remote_code
+            resolve(name), revision=revision, trust_remote_code=config.trust_remote_code
         )
 
 
@@ -122,7 +119,7 @@ def _is_in_use(tokenizer: PreTrainedTokenizerFast, token: str) -> bool:
 def _unused_special_token(tokenizer: PreTrainedTokenizerFast) -> str | None:
     # Only the name tells that a special token is not in use: others (tools, fill-in-the-middle) have a meaning.
     special: list[str] = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
-    for pattern in (r"\bpad\b|_pad_", r"reserved|unused"):
+    for pattern in (r"\bpad(ding)?\b|_pad_", r"reserved|unused"):
         for token in special:
             if re.search(pattern, token, re.IGNORECASE) and not _is_in_use(tokenizer, token):
                 return token
