@@ -8,6 +8,8 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from llmtk.config.sections import DataConfig
 from llmtk.data import Dialogue, PromptCompletion, Splits, Text, read_rows, read_splits
 from llmtk.data.rows import RowError, convert
@@ -245,6 +247,43 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 def test_no_rows_and_no_columns_at_all() -> None:
     assert refusal([]) == "The data is an empty list: give at least one file, or one row."
     assert "row 1: the row has no columns" in refusal([{}])
+
+
+GOOD = json.dumps([{"messages": [ASK, ANSWER], "tools": None}, {"messages": [ASK, ANSWER]}]).encode()
+json_value = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.sampled_from(["user", "assistant", "\ud800"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "tools", "prompt", "completion"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+some_columns = st.dictionaries(
+    st.sampled_from(["messages", "tools", "instruction", "output", "input", "history", "prompt", "completion", "text"]),
+    json_value,
+    max_size=4,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(suffix=st.sampled_from(["json", "jsonl", "txt"]), at=st.integers(0, len(GOOD)), noise=st.binary(max_size=4))
+def test_a_damaged_file_gives_rows_or_one_clear_error(tmp_path: Path, suffix: str, at: int, noise: bytes) -> None:
+    path = write(tmp_path, f"a.{suffix}", GOOD[:at] + noise + GOOD[at + 2 :])
+    try:
+        assert read_rows(path, (*SFT, "text"))
+    except DatasetError as error:
+        assert path in str(error)  # noqa: PT017 - rows are a good answer too
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows=st.lists(some_columns, max_size=4))
+def test_rows_of_any_shape_give_rows_or_one_clear_error(rows: list[dict[str, object]]) -> None:
+    try:
+        found = read_rows(rows, SFT)
+    except DatasetError as error:
+        assert str(error).startswith(("The data", f"{str(error)[0]} of {len(rows)} rows"))  # noqa: PT017
+    else:
+        assert len(found) == len(rows)
 
 
 # -- held-out share -----------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class Format:
         columns = {name: value for name, value in columns.items() if value is not None}
         missing = sorted(self.needs - columns.keys())
         if missing:
-            raise RowError(f"{' and '.join(missing)} missing; its columns are {', '.join(columns) or 'none'}")
+            raise RowError(f"{' and '.join(missing)} missing; its columns are {', '.join(map(str, columns)) or 'none'}")
         row = self.parse(columns, place)
         row.check()
         return row
