@@ -1,0 +1,68 @@
+# Each target sets up what it needs in .venv, once; again when a pyproject.toml or constraints.txt has changed.
+.PHONY: help demo test test-slow lint bench parity wheels
+.NOTPARALLEL:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+PROJECTS := $(patsubst %/pyproject.toml,%,$(wildcard core/pyproject.toml plugins/*/pyproject.toml stages_*/*/pyproject.toml))
+USED := core stages_sft/pt stages_sft/sft
+SOURCES := core/src $(wildcard plugins/*/llmtk_* stages_*/*/llmtk_*)
+TOOLS := build hatchling hypothesis mypy pytest pytest-xdist ruff tensorboard types-PyYAML
+
+help:
+	@echo "make demo       install into $(VENV), and fine-tune the built-in model on built-in data"
+	@echo "make test       run the tests, all but the slow ones"
+	@echo "make test-slow  run the slow tests"
+	@echo "make lint       check style and types"
+	@echo "make bench      run the benchmarks"
+	@echo "make parity     compare with other implementations"
+	@echo "make wheels     build every distribution into dist/"
+
+demo: $(VENV)/.used
+	$(BIN)/llmtk run sft
+
+test: $(VENV)/.developed
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.developed
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.developed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(SOURCES)
+
+bench: $(VENV)/.developed
+	@for script in $(wildcard tests/benchmarks/*.py); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+parity: $(VENV)/.developed
+	@for script in $(wildcard tests/parity/*.py); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+wheels: $(VENV)/.developed
+	rm -rf dist
+	@for project in $(PROJECTS); do $(BIN)/python -m build --no-isolation --wheel --outdir dist "$$project" || exit 1; done
+
+# The stamps. hatchling comes first, so that building needs no isolated environment of its own.
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "llmtk needs Python 3.11 or newer, and $(PYTHON) is older or missing. Name another: make PYTHON=python3.12"; exit 1; }
+	rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) -m venv failed; Debian and Ubuntu keep it in the package python3-venv"; exit 1; }
+	@touch $@
+
+$(VENV)/.used: $(VENV)/.made constraints.txt $(USED:%=%/pyproject.toml)
+	@echo "Installing llmtk and what it needs into $(VENV); the first time this takes some minutes"
+	@$(PIP) hatchling
+	@$(PIP) --no-build-isolation $(USED:%=-e %)
+	@touch $@
+
+$(VENV)/.developed: $(VENV)/.used $(PROJECTS:%=%/pyproject.toml)
+	@echo "Installing the tools of development and every distribution into $(VENV)"
+	@$(PIP) $(TOOLS)
+	@$(PIP) --no-build-isolation $(PROJECTS:%=-e %)
+	@touch $@
