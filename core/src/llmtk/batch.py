@@ -7,16 +7,19 @@ checkpoint may fall between any two windows of a round. How a batch is computed 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence as SequenceOf
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-Tokens = Tensor | SequenceOf[int]
-Values = Tensor | SequenceOf[Any]
+Array = np.ndarray[Any, Any]
+Tokens = Tensor | Array | SequenceOf[int]
+Values = Tensor | Array | SequenceOf[Any]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Sequence:
     """
 
     tokens: Tokens
-    targets: Tensor | SequenceOf[bool]
+    targets: Tensor | Array | SequenceOf[bool]
     prefix: int | None = None
 
 

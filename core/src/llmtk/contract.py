@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmtk.batch import Batch, LossOutput, Round
+    from llmtk.data import Row as DataRow
     from llmtk.generation import Completion, Sampling
     from llmtk.host.hooks import Hooks
     from llmtk.scoring import Scores
@@ -46,7 +47,6 @@ class Data:
 
     train: Dataset
     eval: Dataset | None = None
-    notices: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,29 @@ class RunView(Protocol):
     """Every hook of this run. Call these, not `self.compute_loss`, so that plugins are felt."""
     model: nn.Module
     """The trainable root, not wrapped. To compute with it, use `score`, which enters through the wrapped one."""
-    frozen: Mapping[str, nn.Module]
+    frozen: dict[str, nn.Module]
     tokenizer: PreTrainedTokenizerBase
-    device: torch.device
-    rank: int
-    world_size: int
-    step: int
-    """Optimizer steps taken."""
     eval_rows: Dataset | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+
+    @property
+    def rank(self) -> int:
+        """This process among all."""
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a sequence, at most."""
 
     def score(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
         """Return the log-prob of every target token; `model` names a frozen one. See `llmtk.scoring`."""
@@ -113,6 +128,15 @@ class RunView(Protocol):
 
     def setting(self, key: str) -> Any:
         """Return one of the core's optional keys that the stage declares in `honours`."""
+
+    def sampling(self, **settings: Any) -> Sampling:
+        """Return how to sample from this run's model: its stop tokens, and these settings."""
+
+    def prompt_tokens(self, text: str) -> list[int]:
+        """Return the tokens of a question: through the chat template where there is one, else as plain text."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the exact means over the run's evaluation rows. All ranks must call it together."""
 
     def notify(self, message: str) -> None:
         """Say something to the user, once."""
@@ -152,6 +176,15 @@ class Stage:
     def demo(self) -> Demo:
         """Return demo data and settings for a run without configuration."""
         raise NotImplementedError
+
+    def check(self, run: RunView) -> None:
+        """Refuse settings that do not go together, with a ConfigurationError, before anything is loaded."""
+
+    def encode_rows(self, run: RunView, rows: Sequence[DataRow]) -> Dataset:
+        """Turn checked rows into encoded ones: through the chat template and the tokenizer."""
+        from llmtk.training import defaults
+
+        return defaults.encode_rows(run, rows)
 
     # The stage hooks: each has exactly one answer, the stage's. See llmtk.host.hookspecs.
 

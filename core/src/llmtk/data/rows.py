@@ -30,6 +30,10 @@ class Row:
         """Raise :class:`RowError` if no stage could train on this row."""
         raise NotImplementedError
 
+    def texts(self) -> list[str]:
+        """Return the row's texts, for a tokenizer to be trained on."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Text(Row):
@@ -40,6 +44,9 @@ class Text(Row):
 
     def check(self) -> None:
         check_text("text", self.text)
+
+    def texts(self) -> list[str]:
+        return [self.text]
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,9 @@ class Dialogue(Row):
         check_messages("messages", self.messages)
         check_assistant("messages", self.messages)
         check_tools(self.tools)
+
+    def texts(self) -> list[str]:
+        return _contents(self.messages)
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,14 @@ class PromptCompletion(Row):
         check_messages("completion", self.completion)
         check_assistant("completion", self.completion)
         check_tools(self.tools)
+
+    def texts(self) -> list[str]:
+        sides = (self.prompt, self.completion)
+        return [text for side in sides for text in ([side] if isinstance(side, str) else _contents(side))]
+
+
+def _contents(messages: list[Message]) -> list[str]:
+    return [content for message in messages if (content := message.get("content"))]
 
 
 def check_text(name: str, value: object, *, may_be_empty: bool = False) -> None:

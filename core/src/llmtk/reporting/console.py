@@ -1,0 +1,82 @@
+"""What the user sees while a run goes on: a live display on a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmtk.training.events import Evaluation, StepReport
+
+
+class Console:
+    """Talks to the user from the main process; the other ranks are silent."""
+
+    def __init__(self) -> None:
+        self.speaks = True
+        self._progress: Any = None
+        self._task: Any = None
+        self._last = 0.0
+
+    def say(self, message: str) -> None:
+        """Print a line, above the live display if there is one."""
+        if not self.speaks:
+            return
+        if self._progress is not None:
+            self._progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(message, flush=True)
+
+    def begin(self, steps: int, done: int) -> None:
+        """Open the live display, if the output is a terminal."""
+        if not self.speaks or not sys.stdout.isatty():
+            return
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._task = self._progress.add_task("train", total=steps, completed=done, loss="-", speed="")
+        self._progress.start()
+
+    def step(self, report: StepReport, tokens_per_second: float) -> None:
+        """Show a step; in a pipe nothing, since each line of the log is printed."""
+        if self._progress is not None and (time.monotonic() - self._last > 0.1 or report.step == 1):
+            self._last = time.monotonic()
+            speed = f"{tokens_per_second:,.0f} tokens/s"
+            self._progress.update(self._task, completed=report.step, loss=f"{report.loss:.4f}", speed=speed)
+
+    def log(self, line: dict[str, Any], steps: int, tokens_per_second: float) -> None:
+        """Print a line of metrics; on a terminal the live display shows them."""
+        if self._progress is None and "loss" in line:
+            self.say(
+                f"step {line['step']}/{steps}  loss {line['loss']:.4f}  grad_norm {line['grad_norm']:.3f}  "
+                f"lr {line['learning_rate']:.2e}  epoch {line['epoch']:.2f}  {tokens_per_second:,.0f} tokens/s"
+            )
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Print an evaluation."""
+        values = "  ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
+        self.say(f"step {evaluation.step}  {values}{'  (best so far)' if evaluation.is_best else ''}")
+
+    def end(self, step: int) -> None:
+        """Close the live display."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+            self._progress.stop()
+            self._progress = None

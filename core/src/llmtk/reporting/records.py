@@ -1,0 +1,70 @@
+"""The run's JSON-lines files. They only grow; a resumed run cuts them back to where its checkpoint left them.
+
+`metrics.jsonl` holds what is deterministic, `timings.jsonl` what is not, `samples.jsonl` generated text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+from llmtk.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from llmtk.folder import RunFolder
+
+FILES = ("metrics", "timings", "samples")
+
+
+class Records:
+    """Appends lines to a run's files."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def write(self, file: str, line: Mapping[str, Any]) -> None:
+        """Append a line. Numbers that JSON does not know (NaN, infinity) become null."""
+        with self._path(file).open("a") as stream:
+            stream.write(json.dumps(_jsonable(line), allow_nan=False) + "\n")
+
+    def read(self, file: str) -> list[dict[str, Any]]:
+        """Return all lines."""
+        path = self._path(file)
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def offsets(self) -> dict[str, int]:
+        """Make what is written durable, and return the size of each file."""
+        sizes = {}
+        for file in FILES:
+            path = self._path(file)
+            sizes[file] = path.stat().st_size if path.exists() else 0
+            if sizes[file]:
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        return sizes
+
+    def cut(self, offsets: Mapping[str, int]) -> None:
+        """Cut the files back to these sizes. CheckpointError where one is shorter."""
+        for file, size in offsets.items():
+            path = self._path(file)
+            found = path.stat().st_size if path.exists() else 0
+            if found < size:
+                raise CheckpointError(
+                    f"{path} has {found} bytes, the checkpoint knew {size}: it was changed or replaced"
+                )
+            if found > size:
+                os.truncate(path, size)
+
+    def _path(self, file: str) -> Path:
+        return self._folder.path / f"{file}.jsonl"
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,46 @@
+"""What a run says before it trains, and after."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from llmtk.run import Result, Run
+
+
+def say_plan(run: Run, checkpoint: Path | None) -> None:
+    """Print what the run is going to do."""
+    plan, say = run.plan, run.console.say
+    if run.demo:
+        say("No model and no data given: this is a demo on the built-in model and the stage's own data.")
+    share = f"{plan.trainable_parameters / plan.total_parameters:.1%} of them trained"
+    say(f"stage      {plan.stage}: {run.stage.summary}")
+    say(f"model      {model_name(run)}, {plan.total_parameters:,} parameters, {share}")
+    say(f"data       {plan.train_rows:,} rows to train on, {plan.eval_rows:,} to evaluate")
+    say(f"steps      {plan.max_steps:,}, each of {plan.global_batch} rows; {plan.steps_per_epoch:,} make an epoch")
+    say(f"compute    {plan.precision} on {plan.device}")
+    if names := [name for name, _ in run.manager.list_name_plugin()][1:]:
+        say(f"plugins    {', '.join(names)} (the last is outermost)")
+    say(f"output     {run.output_dir}" + (f", going on from {checkpoint.name}" if checkpoint else ""))
+
+
+def say_result(run: Run, result: Result) -> None:
+    """Print what came of the run."""
+    say = run.console.say
+    if run.demo:
+        after, before = result.metrics["figure_after"], result.metrics.get("figure_before")
+        was = "" if before is None else f"{before:.3g} before, "
+        say(f"{run.demo.figure} on held-out rows: {was}{after:.3g} after {result.steps} steps")
+    loss = "not logged" if result.final_loss is None else f"{result.final_loss:.4f}"
+    why = f" ({run.state.stopped_by} stopped the run)" if run.state.stopped_by else ""
+    say(f"Done: {result.steps} steps{why}, loss {loss}. Model, metrics and plot are in {result.output_dir}")
+    if run.demo:
+        say(f"Your own: llmtk run {run.stage_name} model.name_or_path=MODEL data.train=ROWS.jsonl data.eval=0.1")
+
+
+def model_name(run: Run) -> str:
+    """Return what the model is called."""
+    model = run.config.model
+    return model.name_or_path or f"{(model.from_config or {}).get('model_type')} from scratch"

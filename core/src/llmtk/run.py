@@ -1,0 +1,587 @@
+"""A run: a stage, its plugins and a configuration, from files to a trained model.
+
+`Run` is what Python users and the CLI drive, and what stages see as `RunView`. The training itself is
+`llmtk.training.loop`.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtk import scoring
+from llmtk.batch import Batch, Mean
+from llmtk.config.reading import merge
+from llmtk.config.run_config import RunConfig, resolve
+from llmtk.config.sections import ModelConfig
+from llmtk.contract import Dataset, Row, Stage
+from llmtk.errors import ConfigurationError, LlmtkError
+from llmtk.folder import RunFolder
+from llmtk.generation import Completion, Sampling, generate
+from llmtk.host import discovery, manager
+from llmtk.host.hooks import Hooks
+from llmtk.reporting import summary
+from llmtk.reporting.console import Console
+from llmtk.reporting.records import Records
+from llmtk.reporting.speed import Speed
+from llmtk.scoring import Scores
+from llmtk.training import checkpoints, loop, optimizers, snapshot
+from llmtk.training.backend import Backend, add_up
+from llmtk.training.evaluation import eval_mode, evaluate
+from llmtk.training.events import Plan
+from llmtk.training.loop import Interrupted
+from llmtk.training.micro_batches import cut_window
+from llmtk.training.order import RowOrder
+from llmtk.training.randomness import Randomness
+from llmtk.training.signals import first_signal
+from llmtk.training.state import TrainState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmtk.contract import Demo
+
+__all__ = ["Interrupted", "Result", "Run", "evaluate_run"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run came to."""
+
+    final_loss: float | None
+    best_metric: float | None
+    best_model_path: str | None
+    steps: int
+    metrics: Mapping[str, float]
+    """The last evaluation's metrics; for a demo also its figure before and after."""
+    output_dir: str
+
+
+class Run:
+    """One run. Making it checks configuration and plugins; `train` does the rest.
+
+    `stage` is an installed stage's name, or a `Stage` class or instance. The sections are mappings, as in a
+    configuration file; `model` may be a name, `data` a file or rows. The stage's options stand under its name.
+    `plugins` are names with their options, or instances.
+
+        run = Run(stage="sft", model="path", data="rows.jsonl", train={"max_steps": 100}, output_dir="runs/a")
+        result = run.train()
+    """
+
+    def __init__(
+        self,
+        stage: str | Stage | type[Stage],
+        *,
+        plugins: Mapping[str, Mapping[str, Any]] | Sequence[object] = (),
+        resume: str | None = None,
+        **sections: Any,
+    ) -> None:
+        self.stage_name, stage_class = _stage_class(stage)
+        if isinstance(stage, Stage) and self.stage_name not in sections:
+            sections[self.stage_name] = stage.options.model_dump(exclude_unset=True)
+        named = plugins if isinstance(plugins, Mapping) else {}
+        instances = () if isinstance(plugins, Mapping) else plugins
+        layer = {name: value for name, value in sections.items() if value is not None} | (
+            {"plugins": named} if named else {}
+        )
+        self.folder, layer = RunFolder.find(self.stage_name, _shorthands(layer), resume)
+        self.demo = None if _names_input(layer) else stage_class().demo()
+        layers = [layer] if self.demo is None else [_demo_layer(self.demo), layer]
+        self.config: RunConfig = resolve(self.stage_name, stage_class, *layers)
+        optimizers.check_optimizer(self.config.train)
+
+        self.stage = stage if isinstance(stage, Stage) else stage_class(self.config.options)
+        self.stage.options = self.config.options
+        loaded = [*manager.load_plugins(self.config.plugins), *((_plugin_name(p), p) for p in instances)]
+        self.manager = manager.build_manager(self.stage, self.stage_name, loaded)
+        self.hooks = Hooks(self.manager, self)
+        self.console = Console()
+        self.records = Records(self.folder)
+        self.state = TrainState()
+        self.saved_step = -1
+        self.exported: Path | None = None
+        self._signal: int | None = None
+        self._said: set[str] = set()
+        self._speed = Speed()
+        self._is_set_up = False
+
+    @classmethod
+    def from_layers(cls, stage: str | None, *layers: Mapping[str, Any], resume: str | None = None) -> Run:
+        """Make a run from configuration layers, the later over the earlier: what the CLI does."""
+        merged = merge(*layers)
+        name = stage or merged.get("stage")
+        if not isinstance(name, str):
+            raise ConfigurationError("no stage: name one (llmtk run STAGE), or give `stage:` in the configuration file")
+        if merged.pop("stage", name) != name:
+            raise ConfigurationError(f"the configuration is for another stage than {name}; name the same one, or none")
+        plugins = merged.pop("plugins", None) or {}
+        return cls(name, plugins=plugins, resume=resume, **merged)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Open a finished run, to evaluate its model or to predict with it."""
+        folder = RunFolder(Path(path))
+        run = cls.from_layers(None, folder.finished())
+        run.folder, run.records, run.exported = folder, Records(folder), folder.path
+        return run
+
+    # What users call
+
+    def train(self) -> Result:
+        """Train, and export the model. Raises an LlmtkError with what to do for whatever the user can mend."""
+        error: BaseException | None = None
+        try:
+            self._set_up()
+            return self._train()
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            if self._is_set_up:
+                self.console.end(self.state.step)
+                self.backend.accelerator.end_training()
+                self.hooks.run_finished(error)
+                self.folder.release()
+
+    def evaluate(self, data: str | list[str] | list[dict[str, Any]] | None = None) -> dict[str, float]:
+        """Return loss and the stage's metrics on other data, or on the run's evaluation rows."""
+        self._open_or_set_up(data is None)
+        rows = self.eval_rows if data is None else self._encode(data)
+        if rows is None:
+            raise ConfigurationError("there is no evaluation data: give some, or data.eval")
+        values = evaluate(self, rows)
+        if values is None:
+            raise Interrupted(f"{self.signal_name()} stopped the evaluation")
+        return values
+
+    def predict(self, prompts: str | Sequence[str], **sampling: Any) -> Any:
+        """Answer a prompt, or each of several: through the chat template where there is one, else as plain text."""
+        self._open_or_set_up()
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        answers = self.generate([self.prompt_tokens(text) for text in texts], self.sampling(**sampling))
+        decoded = [self.tokenizer.decode(answer[0].tokens, skip_special_tokens=True) for answer in answers]
+        return decoded[0] if isinstance(prompts, str) else decoded
+
+    def save(self, path: str | Path) -> None:
+        """Write the model as it is now, loadable with from_pretrained."""
+        self._set_up()
+        if self.backend.is_main:
+            self.hooks.export_model(Path(path))
+
+    # What stages and plugins see: llmtk.contract.RunView
+
+    @property
+    def rank(self) -> int:
+        """This process among all."""
+        return self.backend.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+        return self.backend.world_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.backend.device
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.state.step
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a sequence, at most."""
+        return self.config.data.max_length
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the data order and of what is held out."""
+        train = self.config.train
+        return train.seed if train.data_seed is None else train.data_seed
+
+    @property
+    def global_rows(self) -> int:
+        """Rows of a global batch, over all ranks."""
+        train = self.config.train
+        return train.per_device_train_batch_size * train.gradient_accumulation_steps * self.world_size
+
+    def score(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
+        """Return the log-prob of every target token."""
+        return scoring.score(self._forward(model), batch, also)
+
+    def score_window(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
+        """Score a whole window without gradient, in micro-batches, in eval mode. All ranks must call it together."""
+        train = self.config.train
+        cut = cut_window(batch, self.backend, rows=train.per_device_train_batch_size, tokens=train.micro_batch_tokens)
+        scored_model = self.model if model is None else self.frozen[model]
+        with torch.no_grad(), eval_mode(scored_model):
+            scored = [(self.score(part.batch, model=model, also=also), part.counts) for part in cut.parts]
+        return Scores.join([scores for scores, counts in scored if counts], batch.to(self.device))
+
+    def map_logits(self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = ()) -> Tensor:
+        """Apply `fn(logits, *columns)` to the logits at target positions, with the exact gradient."""
+        return scoring.map_logits(self._forward(None), batch, fn, columns)
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+        """Sample completions of tokenised prompts with the current policy, without gradient."""
+        with self.backend.autocast():
+            return generate(self.model, prompts, sampling)
+
+    def sampling(self, **settings: Any) -> Sampling:
+        """Return how to sample from this run's model: its stop tokens, and these settings."""
+        from llmtk.models.tokenizers import stop_token_ids
+
+        try:
+            return Sampling(**{"stop_tokens": tuple(stop_token_ids(self.tokenizer)), **settings})
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"sampling settings: {error}") from error
+
+    def prompt_tokens(self, text: str) -> list[int]:
+        """Return the tokens of a question: through the chat template where there is one, else as plain text."""
+        tokenizer: Any = self.tokenizer
+        if tokenizer.chat_template:
+            messages = [{"role": "user", "content": text}]
+            rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(text)["input_ids"])
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Return this purpose's own random generator, which checkpoints keep."""
+        return self.randomness.generator(purpose)
+
+    def draw(self, rows: int) -> list[Row]:
+        """Take this rank's share of `rows` more rows of the training data. All ranks must call it together."""
+        return self._share(self.order.take(rows, cross=True))
+
+    def sum_over_ranks(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Add up named numbers over all ranks."""
+        return self.backend.sum(values)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, by rank."""
+        return self.backend.gather(value)
+
+    def setting(self, key: str) -> Any:
+        """Return one of the core's optional keys that the stage declares in `honours`."""
+        assert key in self.stage.honours, f"stage {self.stage_name} does not declare {key!r} in `honours`"
+        return getattr(self.config.train, key)
+
+    def notify(self, message: str) -> None:
+        """Say something to the user, once."""
+        if message not in self._said:
+            self._said.add(message)
+            self.console.say(message)
+
+    # What the loop needs
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of this run's checkpoints."""
+        return self.folder.checkpoints
+
+    @property
+    def output_dir(self) -> Path:
+        """The run's folder."""
+        return self.folder.path
+
+    def next_rows(self) -> list[Row]:
+        """Take this rank's share of the next global batch."""
+        return self._share(self.order.take(self.global_rows))
+
+    def reduce_means(self, means: Mapping[str, Mean]) -> dict[str, Mean]:
+        """Add metrics up over all ranks; one may be there on some ranks only."""
+        everyone = self.gather({name: (float(m.sum), float(m.count), m.then) for name, m in means.items()})
+        sums, counts = (add_up({n: m[i] for n, m in rank.items()} for rank in everyone) for i in (0, 1))
+        then = {name: values[2] for rank in everyone for name, values in rank.items()}
+        return {name: Mean(sums[name], counts[name], then[name]) for name in sums}
+
+    def first_of_ranks(self, value: str | None) -> str | None:
+        """Return the first rank's value that is not None, on all ranks."""
+        return next((answer for answer in self.gather(value) if answer is not None), None)
+
+    def interrupted(self) -> bool:
+        """Say whether any rank was asked to stop. All ranks must call it together."""
+        signals = [number for number in self.gather(self._signal) if number is not None]
+        self._signal = signals[0] if signals else None
+        return bool(signals)
+
+    def signal_name(self) -> str:
+        """Return the name of the signal that asked to stop."""
+        return signal.Signals(self._signal).name if self._signal is not None else "nobody"
+
+    def schedule_step(self) -> None:
+        """Move the learning rate on, unless the schedule waits for evaluations."""
+        if not self._schedule_waits:
+            self.scheduler.step()
+
+    def schedule_evaluated(self, metrics: Mapping[str, float]) -> None:
+        """Give an evaluation to a schedule that waits for it."""
+        if self._schedule_waits:
+            self.scheduler.step(metrics["eval_loss"])
+
+    def count_speed(self, seconds: float, tokens: int, rows: int) -> float:
+        """Count a step, and return the tokens a second since the last line of the log."""
+        self._speed.add(seconds, tokens, rows)
+        return self._speed.tokens_per_second
+
+    def record(self, values: Mapping[str, float]) -> None:
+        """Write a line of metrics, to the file and to the trackers."""
+        line = {"step": self.state.step, "epoch": round(self.order.epochs, 6), **values}
+        if self.backend.is_main:
+            self.records.write("metrics", line)
+        if self.config.train.report_to:
+            self.backend.accelerator.log(dict(values), step=self.state.step)
+
+    def record_timings(self, values: Mapping[str, float]) -> None:
+        """Write a line of timings, and print the line of metrics that belongs to it."""
+        speed = self._speed.tokens_per_second
+        if self.backend.is_main:
+            self.records.write("timings", {"step": self.state.step, **self._speed.take()})
+        line = {"step": self.state.step, "epoch": self.order.epochs, **values}
+        self.console.log(line, self.plan.max_steps, speed)
+
+    def write_samples(self) -> None:
+        """Answer a few evaluation prompts, if the configuration asks for it. All ranks must call it together."""
+        from llmtk.reporting.samples import write_samples
+
+        if self.config.samples.count and self.eval_rows is not None:
+            with self.randomness.aside("samples"):
+                write_samples(self)
+
+    # Setting up
+
+    def _open_or_set_up(self, with_data: bool = False) -> None:
+        """Load a finished run's model, and its data only if they are wanted; or set up one that is to be trained."""
+        if self.exported is None:
+            self._set_up()
+            return
+        if not hasattr(self, "backend"):
+            self._start()
+            self._load_tokenizer(ModelConfig(name_or_path=str(self.exported)))
+            self._load_models()
+            self.backend.place(self.model, self.frozen)
+        if with_data and not hasattr(self, "eval_rows"):
+            from llmtk.data import read_splits
+
+            self.splits = read_splits(self.config.data, self.stage.row_types, seed=self.data_seed)
+            self.eval_rows = self.hooks.build_data().eval
+
+    def _set_up(self) -> None:
+        """Load everything, cheapest first, so that what can be refused is refused before it costs anything."""
+        if self._is_set_up:
+            return
+        from llmtk.data import read_splits
+        from llmtk.models.checks import check_model
+
+        self.stage.check(self)
+        check_model(self.config.model)
+        optimizers.check_scheduler(self.config.train)
+        self._start()
+        self.splits = read_splits(self.config.data, self.stage.row_types, seed=self.data_seed)
+        self._check_evaluation()
+        self._load_tokenizer(self.config.model)
+        for notice in self.splits.notices:
+            self.notify(notice)
+        data = self.hooks.build_data()
+        self.train_rows, self.eval_rows = data.train, data.eval
+        self._load_models()
+        optimizer = self.hooks.build_optimizer()
+        self.backend.prepare(self.model, self.frozen, optimizer)
+        self.optimizer = optimizer
+        self.order = RowOrder(len(self.train_rows), self.data_seed, self.hooks.order_examples)
+        self.plan = self._make_plan()
+        self.scheduler = optimizers.build_scheduler(optimizer, self.config.train, self.plan.max_steps)
+        self._schedule_waits = optimizers.waits_for_evaluation(self.config.train)
+        self._is_set_up = True
+
+    def _start(self) -> None:
+        """Meet the other ranks, and settle on a folder."""
+        self.backend = Backend(self.config.train, str(self.folder.path))
+        self.console.speaks = self.backend.is_main
+        if self.exported is None:
+            self.folder.settle(self.backend)
+        self.randomness = Randomness(self.config.train.seed, self.backend.rank)
+        digest = manager.digest(manager.plugin_versions(self.manager))
+        if len(set(self.gather(digest))) > 1:
+            raise ConfigurationError("the ranks have other plugins, or other versions of them; install the same on all")
+
+    def _load_tokenizer(self, config: ModelConfig) -> None:
+        from llmtk.models.tokenizers import load_tokenizer
+
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
+            config, lambda: (text for row in self.splits.train for text in row.texts())
+        )
+
+    def _load_models(self) -> None:
+        models = self.hooks.build_models()
+        self.model: nn.Module = models.root
+        self.frozen: dict[str, nn.Module] = dict(models.frozen)
+        asked = self.config.train.disable_dropout
+        if asked if asked is not None else not self.stage.dropout:
+            from llmtk.models.loading import disable_dropout
+
+            disable_dropout(self.model)
+        self.model.train()
+
+    def _make_plan(self) -> Plan:
+        config = self.config.train
+        windows = self.stage.windows_per_round
+        per_epoch = -(-len(self.train_rows) // self.global_rows) * windows
+        epochs = -(-per_epoch * config.num_train_epochs // 1)
+        parameters = list(self.model.parameters())
+        return Plan(
+            stage=self.stage_name,
+            max_steps=config.max_steps if config.max_steps > 0 else int(epochs),
+            steps_per_epoch=per_epoch,
+            train_rows=len(self.train_rows),
+            eval_rows=len(self.eval_rows) if self.eval_rows is not None else 0,
+            global_batch=self.global_rows,
+            trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+            total_parameters=sum(p.numel() for p in parameters),
+            precision=f"{str(self.backend.compute_dtype).removeprefix('torch.')} ({self.backend.why_precision})",
+            device=f"{self.device.type} x {self.world_size}",
+            facts=self.hooks.extra_run_info(),
+        )
+
+    def _check_evaluation(self) -> None:
+        """Refuse options that need evaluation data where there is none."""
+        if self.splits.eval is not None:
+            return
+        config = self.config.train
+        needing = [
+            ("train.eval_strategy", config.eval_strategy == "steps"),
+            ("train.load_best_model_at_end", config.load_best_model_at_end),
+            (f"train.lr_scheduler_type: {config.lr_scheduler_type}", optimizers.waits_for_evaluation(config)),
+            ("samples.count", self.config.samples.count > 0),
+        ]
+        if asked := [name for name, asks in needing if asks]:
+            raise ConfigurationError(f"{asked[0]} needs evaluation data: give data.eval, a share (0.1) or a file")
+
+    # Training
+
+    def _train(self) -> Result:
+        config = self.config.train
+        self.folder.begin(self)
+        checkpoint = self.folder.checkpoint_to_resume(self.backend, self.notify)
+        summary.say_plan(self, checkpoint)
+        before = self._measure() if self.demo and checkpoint is None else None
+        if self.config.train.report_to:
+            self.backend.accelerator.init_trackers(config.run_name or self.output_dir.name)
+        if checkpoint is not None:
+            snapshot.restore(self, checkpoint)
+            self.saved_step = self.state.step
+        self.hooks.run_started(self.plan)
+        self.console.begin(self.plan.max_steps, self.state.step)
+        with first_signal(self.ask_to_stop):
+            loop.train(self)
+            if self.saved_step != self.state.step:
+                loop.save_checkpoint(self)
+        self.console.end(self.state.step)
+        return self._finish(before)
+
+    def _finish(self, before: float | None) -> Result:
+        """Export the model, write results, and say what came of it."""
+        best = self.state.best
+        path = checkpoints.path_of(self.checkpoints, best.step) if best else None
+        if self.config.train.load_best_model_at_end and path is not None and best is not None:
+            if best.step != self.state.step:
+                checkpoints.load_weights(path / "weights.safetensors", self.model)
+            self.notify(f"The exported model is the best one, of step {best.step}")
+        metrics = dict(self.state.last_evaluation)
+        if self.demo:
+            after = self._measure()
+            metrics |= {"figure_after": after} | ({} if before is None else {"figure_before": before})
+        result = Result(
+            final_loss=self.state.last_loss,
+            best_metric=best.value if best else None,
+            best_model_path=str(path) if path and path.is_dir() else None,
+            steps=self.state.step,
+            metrics=metrics,
+            output_dir=str(self.output_dir),
+        )
+        with self.backend.together("exporting the model", LlmtkError):
+            if self.backend.is_main:
+                self.folder.finish(self, result)
+        summary.say_result(self, result)
+        return result
+
+    def _measure(self) -> float:
+        assert self.demo is not None
+        with self.randomness.aside("demo"), eval_mode(self.model), torch.no_grad():
+            return self.demo.measure(self)
+
+    # Small things
+
+    def _forward(self, model: str | None) -> Callable[..., Any]:
+        if model is None:
+            return self.backend.wrapped
+        frozen = self.frozen[model]
+
+        def forward(**inputs: Any) -> Any:
+            with torch.no_grad(), self.backend.autocast():
+                return frozen(**inputs)
+
+        return forward
+
+    def _share(self, indices: list[int]) -> list[Row]:
+        return [self.train_rows[index] for index in indices[self.rank :: self.world_size]]
+
+    def _encode(self, data: Any) -> Dataset:
+        from llmtk.data import read_rows
+
+        return self.stage.encode_rows(self, read_rows(data, self.stage.row_types))
+
+    def ask_to_stop(self, number: int) -> None:
+        """Stop after the step that is under way, with a checkpoint."""
+        self._signal = number
+        self.console.say(
+            f"{signal.Signals(number).name}: finishing the step, then a checkpoint. Once more to stop at once "
+            f"(the last checkpoint stands)"
+        )
+
+
+def evaluate_run(path: str, data: str | None = None) -> dict[str, float]:
+    """Evaluate a finished run's model on its evaluation rows, or on other data."""
+    return Run.open(path).evaluate(data)
+
+
+def _stage_class(stage: str | Stage | type[Stage]) -> tuple[str, type[Stage]]:
+    """Return the stage's name and class. A class or an instance is named by its `name`, or after its class."""
+    if isinstance(stage, str):
+        return stage, discovery.get_stage(stage)
+    stage_class = stage if isinstance(stage, type) else type(stage)
+    return getattr(stage_class, "name", stage_class.__name__.lower()), stage_class
+
+
+def _plugin_name(plugin: object) -> str:
+    return str(getattr(plugin, "name", type(plugin).__name__.lower()))
+
+
+def _shorthands(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Spell out `model="name"` and `data="file"` or `data=[rows]`."""
+    layer = dict(layer)
+    if isinstance(layer.get("model"), str | Path):
+        layer["model"] = {"name_or_path": str(layer["model"])}
+    if isinstance(layer.get("data"), str | Path | list):
+        data = layer["data"]
+        layer["data"] = {"train": data if isinstance(data, list) else str(data)}
+    return layer
+
+
+def _names_input(layer: Mapping[str, Any]) -> bool:
+    """Say whether a configuration names a model or data; without both, a run is a demo."""
+    model, data = layer.get("model") or {}, layer.get("data") or {}
+    return bool(model.get("name_or_path") or model.get("from_config") or data.get("train"))
+
+
+def _demo_layer(demo: Demo) -> dict[str, Any]:
+    rows = {"model": {"name_or_path": "builtin"}, "data": {"train": demo.train, "eval": demo.eval}}
+    return merge(rows, demo.config)

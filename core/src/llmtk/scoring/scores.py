@@ -1,0 +1,53 @@
+"""What scoring answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llmtk.batch import Batch
+
+ALSO = ("entropy", "vocab_mean", "top1")
+"""What can be asked for beside log-probs, from the same pass."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probs of a batch's target tokens, in the batch's order; natural logarithms, float32.
+
+    `logps` (targets,). On request, also (targets,): `entropy` of the predicted distribution in nats; `vocab_mean`, the
+    mean log-prob over the vocabulary (label smoothing); `top1`, whether the target was the likeliest token.
+    """
+
+    batch: Batch
+    logps: Tensor
+    entropy: Tensor | None = None
+    vocab_mean: Tensor | None = None
+    top1: Tensor | None = None
+
+    def sum(self) -> Tensor:
+        """(sequences,): the log-prob of each sequence's targets together."""
+        return self.batch.sum_by_sequence(self.logps)
+
+    def mean(self) -> Tensor:
+        """(sequences,): the mean log-prob of each sequence's targets; 0 for a sequence without any."""
+        return self.sum() / self.batch.target_counts.clamp(min=1)
+
+    @staticmethod
+    def join(parts: Sequence[Scores], batch: Batch) -> Scores:
+        """Put the scores of consecutive micro-batches together as those of the whole batch."""
+
+        def joined(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            return torch.cat(values) if values and all(value is not None for value in values) else None
+
+        logps = joined("logps")
+        if logps is None:
+            logps = torch.zeros(0, device=batch.tokens.device)
+        return Scores(batch, logps, *(joined(name) for name in ALSO))

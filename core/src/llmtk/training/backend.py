@@ -1,0 +1,193 @@
+"""The backend: everything that differs between one process, DDP, FSDP2 and DeepSpeed, in this one place.
+
+It is Accelerate's, with its traps closed: no replayed data loader, no scheduler that steps once per process, no
+gradient accumulation taken from the environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from torch import Tensor, nn
+
+from llmtk.config.sections import TrainConfig
+from llmtk.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """An optimizer step: the global gradient norm before clipping, and why no weight changed, if none did."""
+
+    grad_norm: float
+    skipped: str | None = None
+
+
+class Backend:
+    """Prepares models, runs backward passes and steps, and lets ranks talk."""
+
+    def __init__(self, config: TrainConfig, project_dir: str | None = None) -> None:
+        self.precision, self.why_precision = choose_precision(config)
+        # Accelerate keeps the precision in a state shared by the process, which a second run would inherit.
+        AcceleratorState._reset_state()
+        self.accelerator = Accelerator(
+            mixed_precision=self.precision,
+            # The plugin object wins over ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment; a number does not.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            step_scheduler_with_optimizer=False,
+            log_with=_trackers(config.report_to) or None,
+            project_dir=project_dir,
+            kwargs_handlers=[
+                # Rotary buffers broadcast at every forward would make a forward on one rank alone hang.
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, find_unused_parameters=config.ddp_find_unused_parameters
+                )
+            ],
+        )
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.device: torch.device = self.accelerator.device
+        # Control messages stay off the accelerator: no synchronisation, and any Python value.
+        self._control = dist.new_group(backend="gloo") if self.world_size > 1 else None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of matrix products under autocast."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[self.precision]
+
+    def prepare(self, root: nn.Module, frozen: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
+        """Wrap the root and its optimizer; put frozen models beside them, in eval mode and without gradients."""
+        self.root = root
+        self.wrapped: nn.Module
+        self.wrapped, self.optimizer = self.accelerator.prepare(root, optimizer)
+        self.parameters = [parameter for parameter in root.parameters() if parameter.requires_grad]
+        self._place_frozen(frozen)
+
+    def place(self, root: nn.Module, frozen: Mapping[str, nn.Module]) -> None:
+        """Put models where they compute, without training them."""
+        self.root = root
+        self.wrapped = self.accelerator.prepare_model(root, evaluation_mode=True)
+        self._place_frozen(frozen)
+
+    def _place_frozen(self, frozen: Mapping[str, nn.Module]) -> None:
+        for model in frozen.values():
+            model.to(self.device).eval().requires_grad_(False)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which models that Accelerate did not wrap compute."""
+        return self.accelerator.autocast()  # type: ignore[no-any-return]
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of one forward and backward; gradients are synchronised in the last one only."""
+        if last or self.world_size == 1:
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(self.wrapped)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradients."""
+        self.accelerator.backward(loss)
+
+    def step(self, max_norm: float, refused: str | None = None) -> StepResult:
+        """Clip, and step unless it is refused or the gradient is not finite. Gradients are cleared either way."""
+        grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters, max_norm or math.inf))
+        skipped = refused
+        if skipped is None and not math.isfinite(grad_norm):
+            skipped = "fp16 overflow" if self.precision == "fp16" else "the gradient is not finite"
+        if skipped is None:
+            self.optimizer.step()
+        elif self.accelerator.scaler is not None:
+            # The scaler must see every step that was unscaled, or the next unscale_ raises.
+            self.accelerator.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(grad_norm, skipped)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, by rank."""
+        if self._control is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Add up named numbers over ranks. A rank may lack a name."""
+        return add_up(self.gather(dict(values)))
+
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """Return one rank's value on every rank."""
+        if self._control is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=source, group=self._control)
+        return values[0]
+
+    @contextlib.contextmanager
+    def together(self, what: str, error: type[Exception]) -> Iterator[None]:
+        """Do something on every rank that may fail on one: then it fails on all, and nobody waits for ever."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            failure = caught
+        told = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        if any(told):
+            rank = next(index for index, message in enumerate(told) if message)
+            raise error(f"{what} failed on rank {rank}: {told[rank]}")
+
+
+def _trackers(names: list[str]) -> list[str]:
+    """Return the trackers' names. ConfigurationError for one that is unknown or not installed (Accelerate drops it)."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+    available = {str(tracker) for tracker in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise ConfigurationError(f"train.report_to: {name!r} is no tracker of Accelerate's: {', '.join(known)}")
+        if name not in available:
+            raise ConfigurationError(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")
+    return list(names)
+
+
+def add_up(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Add mappings up, name by name, in their order."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
+def choose_precision(config: TrainConfig) -> tuple[str, str]:
+    """Return Accelerate's name of the precision to compute in, and why. ConfigurationError for an impossible one."""
+    if config.fp16:
+        if not torch.cuda.is_available():
+            raise ConfigurationError("train.fp16 needs a CUDA device; none is here. Leave it out, or use bf16: true")
+        return "fp16", "train.fp16"
+    if config.bf16 is not None:
+        if config.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ConfigurationError(
+                f"train.bf16: {torch.cuda.get_device_name()} has no bfloat16. Use fp16: true, or bf16: false"
+            )
+        return ("bf16", "train.bf16") if config.bf16 else ("no", "train.bf16")
+    if torch.cuda.is_available():
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "the device has it") if has else ("no", "the device has no bfloat16")
+    if torch.cpu._is_amx_tile_supported():
+        return "bf16", "this CPU has bfloat16 matrix units"
+    return "no", "this CPU has no bfloat16 matrix units"

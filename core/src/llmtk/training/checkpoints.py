@@ -1,0 +1,269 @@
+"""Checkpoints: written aside, synced, renamed, with a manifest. Safetensors and JSON, nothing pickled.
+
+A folder under its final name is complete. Files: `weights.safetensors` and `optimizer.safetensors` by parameter name,
+`state.json` (where the run is), and `rank-N.*` (each rank's generators, its plugins' state, and the round that the
+checkpoint fell into).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llmtk.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MANIFEST = "manifest.json"
+NAME = re.compile(r"checkpoint-(\d+)")
+REPLACED = ".writing-replaced-"
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step stands."""
+    return folder / f"checkpoint-{step:06d}"
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, path) of the complete checkpoints in a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def verify(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None: every file has the size and SHA-256 of the manifest."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, entry in manifest["files"].items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != entry["size"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
+            if _sha256(file) != entry["sha256"]:
+                return f"{name} is damaged: its SHA-256 differs from the manifest's"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def newest_sound(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint that is whole; damaged ones are named and passed over."""
+    _recover(folder)
+    for _, path in reversed(list_checkpoints(folder)):
+        problem = verify(path)
+        if problem is None:
+            return path
+        say(f"{path} is damaged and passed over: {problem}")
+    return None
+
+
+def begin(folder: Path, step: int) -> Path:
+    """Make the empty folder in which a checkpoint is written aside; leftovers of a killed write go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _recover(folder)
+    for leftover in folder.glob(".writing-*"):
+        shutil.rmtree(leftover)
+    aside = folder / f".writing-{step:06d}"
+    aside.mkdir()
+    return aside
+
+
+def commit(aside: Path, path: Path) -> None:
+    """Add the manifest, make everything durable, and give the folder its name."""
+    files = sorted(file for file in aside.iterdir() if file.is_file())
+    entries = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    write_json(aside / MANIFEST, {"files": entries})
+    for file in (*files, aside / MANIFEST, aside):
+        _sync(file)
+    if path.exists():  # the same step again, after a resume from an older checkpoint or for a pending evaluation
+        retired = path.with_name(REPLACED + path.name)
+        path.rename(retired)
+        aside.rename(path)
+        shutil.rmtree(retired)
+    else:
+        aside.rename(path)
+    _sync(path.parent)
+
+
+def prune(folder: Path, keep: int | None, protected: set[Path]) -> None:
+    """Remove the oldest checkpoints beyond `keep`; the protected ones and the newest stay in any case."""
+    if keep is None:
+        return
+    for _, path in list_checkpoints(folder)[:-keep]:
+        if path not in protected:
+            # Renamed first: a folder under a checkpoint's name is never half there.
+            doomed = path.with_name(f".writing-removed-{path.name}")
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def save_weights(file: Path, root: nn.Module) -> None:
+    """Write the trained parameters and the persistent buffers. What is frozen is loaded from where it came from."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in _kept(root).items()}, file)
+
+
+def load_weights(file: Path, root: nn.Module) -> None:
+    """Put weights back, without a cast. CheckpointError where names, shapes or types differ."""
+    saved = load_file(file)
+    kept = _kept(root)
+    if saved.keys() != kept.keys():
+        raise CheckpointError(f"{file} does not fit the model: {_difference(saved.keys(), kept.keys())}")
+    with torch.no_grad():
+        for name, tensor in kept.items():
+            _check_alike(file, name, saved[name], tensor)
+            tensor.copy_(saved[name])
+
+
+def save_optimizer(file: Path, root: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Write the optimizer's tensors by parameter name; return the rest (groups and plain numbers) as JSON."""
+    names = _parameter_names(root)
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{names[parameter]}::{key}"] = value.detach().contiguous()
+            else:
+                numbers.setdefault(names[parameter], {})[key] = value
+    save_file(tensors, file)
+    groups = [
+        {**{k: v for k, v in group.items() if k != "params"}, "params": [names[p] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return {"groups": groups, "numbers": numbers}
+
+
+def load_optimizer(file: Path, root: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Put the optimizer's state back by parameter name.
+
+    Not by torch's own `load_state_dict`, which goes by order and casts state to the parameter's type.
+    """
+    names = _parameter_names(root)
+    groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    if groups != [group["params"] for group in saved["groups"]]:
+        raise CheckpointError(f"{file} does not fit the optimizer: its parameter groups hold other parameters")
+    by_name = {name: parameter for parameter, name in names.items()}
+    for group, kept in zip(optimizer.param_groups, saved["groups"], strict=True):
+        # JSON knows no tuples, and betas must stay one.
+        group |= {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items() if k != "params"}
+    optimizer.state.clear()
+    on_device = {
+        id(p): bool(group.get("fused") or group.get("capturable"))
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    for full_name, tensor in load_file(file).items():
+        name, _, key = full_name.rpartition("::")
+        parameter = by_name[name]
+        # As torch does: the step counter lives on the CPU unless a fused kernel reads it.
+        stays = key == "step" and not on_device[id(parameter)]
+        optimizer.state[parameter][key] = tensor if stays else tensor.to(parameter.device)
+    for name, values in saved["numbers"].items():
+        optimizer.state[by_name[name]] |= values
+
+
+def save_rank(folder: Path, rank: int, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Write one rank's tensors and JSON."""
+    # Clones: what came out of one buffer (slices of a round) must not share memory in a safetensors file.
+    save_file(
+        {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, folder / f"rank-{rank}.safetensors"
+    )
+    write_json(folder / f"rank-{rank}.json", rest)
+
+
+def load_rank(folder: Path, rank: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_rank` wrote."""
+    return load_file(folder / f"rank-{rank}.safetensors"), read_json(folder / f"rank-{rank}.json")
+
+
+def split_state(state: Mapping[str, Any], where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Part a plugin's state into tensors and JSON. CheckpointError for anything else: nothing is ever pickled."""
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    rest = {key: value for key, value in state.items() if key not in tensors}
+    try:
+        if json.loads(json.dumps(rest, allow_nan=True)) != rest and not _has_nan(rest):
+            raise TypeError("it would come back changed (a tuple, or a key that is no string)")
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: checkpoint state is tensors and JSON values by name; {error}") from error
+    return tensors, rest
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON for people and machines."""
+    file.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object. CheckpointError where it cannot be read."""
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
+    return value
+
+
+def _recover(folder: Path) -> None:
+    """Give a checkpoint its name back where the process died between the two renames of a replacement."""
+    for retired in folder.glob(f"{REPLACED}*"):
+        path = retired.with_name(retired.name.removeprefix(REPLACED))
+        if not path.exists():
+            retired.rename(path)
+
+
+def _kept(root: nn.Module) -> dict[str, Tensor]:
+    trained = {name: parameter.data for name, parameter in root.named_parameters() if parameter.requires_grad}
+    persistent = root.state_dict(keep_vars=True).keys()
+    return trained | {name: buffer for name, buffer in root.named_buffers() if name in persistent}
+
+
+def _parameter_names(root: nn.Module) -> dict[Tensor, str]:
+    return {parameter: name for name, parameter in root.named_parameters()}
+
+
+def _check_alike(file: Path, name: str, saved: Tensor, wanted: Tensor) -> None:
+    if saved.shape != wanted.shape or saved.dtype != wanted.dtype:
+        raise CheckpointError(
+            f"{file}: {name} is {saved.dtype} {tuple(saved.shape)}, the model's is {wanted.dtype} {tuple(wanted.shape)}"
+        )
+
+
+def _difference(saved: Any, wanted: Any) -> str:
+    missing, extra = sorted(set(wanted) - set(saved)), sorted(set(saved) - set(wanted))
+    return f"it lacks {missing[:3]} ({len(missing)} in all) and has {extra[:3]} ({len(extra)}) that the model lacks"
+
+
+def _has_nan(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_has_nan(v) for v in value.values())
+    if isinstance(value, list):
+        return any(_has_nan(v) for v in value)
+    return isinstance(value, float) and value != value
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,156 @@
+"""A run into a checkpoint, and back. All ranks call these together, and fail together."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmtk.errors import CheckpointError
+from llmtk.training import checkpoints
+from llmtk.training.order import Cursor
+from llmtk.training.state import TrainState, round_from_state, round_to_state
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from llmtk.run import Run
+
+
+def save(run: Run) -> Path:
+    """Write a checkpoint of the run as it is, then remove old ones. CheckpointError where it cannot be written."""
+    path = checkpoints.path_of(run.checkpoints, run.state.step)
+    aside = path.with_name(f".writing-{run.state.step:06d}")
+    backend = run.backend
+    with _together(run, "making room for a checkpoint"):
+        if backend.is_main:
+            checkpoints.begin(run.checkpoints, run.state.step)
+    with _together(run, f"writing {path}"):
+        _write_rank(run, aside)
+        if backend.is_main:
+            _write_shared(run, aside)
+    with _together(run, f"finishing {path}"):
+        if backend.is_main:
+            checkpoints.commit(aside, path)
+            checkpoints.prune(run.checkpoints, run.config.train.save_total_limit, _protected(run))
+    return path
+
+
+def restore(run: Run, path: Path) -> None:
+    """Put a run that is set up and untrained to where the checkpoint left it."""
+    saved = checkpoints.read_json(path / "state.json")
+    _check_environment(run, saved["environment"])
+    checkpoints.load_weights(path / "weights.safetensors", run.model)
+    optimizer = run.optimizer
+    checkpoints.load_optimizer(path / "optimizer.safetensors", run.model, optimizer, saved["optimizer"])
+    run.scheduler.load_state_dict(saved["scheduler"])
+    if run.backend.accelerator.scaler is not None and saved["scaler"]:
+        run.backend.accelerator.scaler.load_state_dict(saved["scaler"])
+    run.state = TrainState.from_json(saved["state"])
+    run.order.cursor = Cursor(**saved["cursor"])
+
+    tensors, rest = checkpoints.load_rank(path, run.rank)
+    if rest["round"] is not None:
+        run.state.round = round_from_state(tensors, rest["round"])
+    for name, model_tensors in _by_prefix(tensors, "frozen/").items():
+        run.frozen[name].load_state_dict(model_tensors)
+    plugin_tensors = _by_prefix(tensors, "plugin/")
+    run.hooks.restore_checkpoint_state(
+        {name: {**state, **plugin_tensors.get(name, {})} for name, state in rest["plugins"].items()}
+    )
+    run.records.cut(saved["records"])
+    run.randomness.restore(
+        {k.removeprefix("random/"): v for k, v in tensors.items() if k.startswith("random/")}, rest["random"]
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Return what bit-identical resuming depends on."""
+    import numpy
+    import peft
+    import transformers
+
+    import llmtk
+
+    modules = {"llmtk": llmtk, "torch": torch, "transformers": transformers, "peft": peft, "numpy": numpy}
+    return {
+        "versions": {"python": platform.python_version(), **{n: str(m.__version__) for n, m in modules.items()}},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _write_shared(run: Run, folder: Path) -> None:
+    checkpoints.save_weights(folder / "weights.safetensors", run.model)
+    optimizer = checkpoints.save_optimizer(folder / "optimizer.safetensors", run.model, run.optimizer)
+    scaler = run.backend.accelerator.scaler
+    saved = {
+        "state": run.state.to_json(),
+        "cursor": asdict(run.order.cursor),
+        "optimizer": optimizer,
+        "scheduler": _plain(run.scheduler.state_dict()),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "records": run.records.offsets(),
+        "environment": environment() | {"ranks": run.world_size},
+    }
+    checkpoints.write_json(folder / "state.json", saved)
+
+
+def _write_rank(run: Run, folder: Path) -> None:
+    random_tensors, random_rest = run.randomness.state()
+    tensors = {f"random/{name}": tensor for name, tensor in random_tensors.items()}
+    plugins: dict[str, Any] = {}
+    for name, state in run.hooks.extra_checkpoint_state().items():
+        plugin_tensors, plugins[name] = checkpoints.split_state(state, name)
+        tensors |= {f"plugin/{name}/{key}": tensor for key, tensor in plugin_tensors.items()}
+    round_rest = None
+    if run.state.round is not None:
+        round_tensors, round_rest = round_to_state(run.state.round)
+        tensors |= round_tensors
+    rest = {"random": random_rest, "plugins": plugins, "round": round_rest}
+    checkpoints.save_rank(folder, run.rank, tensors, rest)
+
+
+def _protected(run: Run) -> set[Path]:
+    return {checkpoints.path_of(run.checkpoints, run.state.best.step)} if run.state.best else set()
+
+
+def _together(run: Run, what: str) -> Any:
+    return run.backend.together(what, CheckpointError)
+
+
+def _by_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, dict[str, torch.Tensor]]:
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        if full_name.startswith(prefix):
+            owner, _, key = full_name.removeprefix(prefix).partition("/")
+            found.setdefault(owner, {})[key] = tensor
+    return found
+
+
+def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheduler's state without what is not data (its functions come back with its construction)."""
+    plain: dict[str, Any] = {}
+    for key, value in state.items():
+        try:
+            plain[key] = json.loads(json.dumps(value))
+        except TypeError:
+            continue
+    return plain
+
+
+def _check_environment(run: Run, saved: Mapping[str, Any]) -> None:
+    if saved["ranks"] != run.world_size:
+        raise CheckpointError(
+            f"the checkpoint was written by {saved['ranks']} ranks and this run has {run.world_size}. "
+            f"Resume with {saved['ranks']}, or start a new run from the exported model"
+        )
+    now = environment()
+    changed = [f"{n} {v} -> {now['versions'].get(n)}" for n, v in saved["versions"].items() if now["versions"][n] != v]
+    if saved["threads"] != now["threads"]:
+        changed.append(f"threads {saved['threads']} -> {now['threads']}")
+    if changed:
+        run.notify(f"The resumed run may differ in the last bits from one never stopped: {', '.join(changed)}")
