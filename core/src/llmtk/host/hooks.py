@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmtk.errors import PluginError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import pluggy
@@ -70,7 +70,9 @@ class Hooks:
         metrics: dict[str, Mean] = {}
         for plugin, answer in self._collect("extra_metrics", window=window):
             if shared := metrics.keys() & answer.keys():
-                raise PluginError(f"{plugin}: extra_metrics gives {sorted(shared)[0]!r}, which another plugin gives too")
+                raise PluginError(
+                    f"{plugin}: extra_metrics gives {sorted(shared)[0]!r}, which another plugin gives too"
+                )
             metrics |= answer
         return metrics
 
@@ -80,7 +82,7 @@ class Hooks:
 
     def restore_checkpoint_state(self, states: Mapping[str, Mapping[str, Any]]) -> None:
         """Give each plugin its own state back."""
-        for impl in self._manager.hook.restore_checkpoint_state.get_hookimpls():
+        for impl in _impls(self._manager, "restore_checkpoint_state"):
             if impl.plugin_name in states:
                 _invoke(impl, run=self._run, state=states[impl.plugin_name])
 
@@ -89,8 +91,9 @@ class Hooks:
         return dict(self._collect("extra_run_info"))
 
     def should_stop(self, step: StepReport) -> str | None:
-        """Return the name of the first plugin that wants to stop, or None."""
-        return next((plugin for plugin, answer in self._collect("should_stop", step=step) if answer), None)
+        """Ask everybody, and return the name of the first plugin that wants to stop, or None."""
+        answers = list(self._collect("should_stop", step=step))
+        return next((plugin for plugin, answer in answers if answer), None)
 
     def order_examples(self, epoch: int) -> Sequence[int] | None:
         """Ask the curriculum, if there is one, for an epoch's order."""

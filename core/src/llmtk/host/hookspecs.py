@@ -3,15 +3,17 @@
 Stage hooks have exactly one implementation, the stage's. The others may be answered by the stage and by every plugin.
 """
 
+# mypy: disable-error-code="empty-body"
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
     import torch
 
     from llmtk.batch import Batch, LossOutput, Mean, Round
