@@ -45,7 +45,7 @@ wheels: $(VENV)/.developed
 	rm -rf dist
 	@for project in $(PROJECTS); do $(BIN)/python -m build --no-isolation --wheel --outdir dist "$$project" || exit 1; done
 
-# The stamps. hatchling comes first, so that building needs no isolated environment of its own.
+# The stamps. What builds comes first, so that building needs no isolated environment of its own.
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -57,7 +57,7 @@ $(VENV)/.made:
 
 $(VENV)/.used: $(VENV)/.made constraints.txt $(USED:%=%/pyproject.toml)
 	@echo "Installing llmtk and what it needs into $(VENV); the first time this takes some minutes"
-	@$(PIP) hatchling
+	@$(PIP) hatchling editables
 	@$(PIP) --no-build-isolation $(USED:%=-e %)
 	@touch $@
 
