@@ -77,7 +77,7 @@ def plugin_versions(manager: pluggy.PluginManager) -> list[tuple[str, str]]:
 
     That is its distribution and version, or for what was passed as an object, `local` and its module.
     """
-    return [(name, _origin(name, plugin)) for name, plugin in manager.list_name_plugin()]
+    return [(name, _origin(plugin)) for name, plugin in manager.list_name_plugin()]
 
 
 def digest(entries: Sequence[tuple[str, str]]) -> str:
@@ -237,10 +237,10 @@ def _called(name: str, cls: type, *arguments: object) -> object:
         raise PluginError(f"The plugin {name!r} cannot be made: {type(error).__name__}: {error}.") from error
 
 
-def _origin(name: str, plugin: object) -> str:
+def _origin(plugin: object) -> str:
     for group in (discovery.STAGES, discovery.PLUGINS):
         for offer in discovery.offers(group):
-            if offer.name == name and _is_offered(offer, plugin):
+            if _is_offered(offer, plugin):
                 return f"{offer.distribution} {offer.version}"
     return f"local {type(plugin).__module__}"
 
