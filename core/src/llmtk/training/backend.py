@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,8 @@ class Backend:
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
             mixed_precision=self.precision,
+            # Without being told, Accelerate meets no other ranks where there is no accelerator.
+            cpu=not torch.accelerator.is_available(),
             # The plugin object wins over ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment; a number does not.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             step_scheduler_with_optimizer=False,
@@ -56,6 +59,12 @@ class Backend:
         self.world_size: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
         # Control messages stay off the accelerator: no synchronisation, and any Python value.
+        expected = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.world_size != expected:
+            raise ConfigurationError(
+                f"the launcher started {expected} processes (WORLD_SIZE), but this one knows of {self.world_size}: "
+                f"each would train alone. Start with torchrun or accelerate launch"
+            )
         self._control = dist.new_group(backend="gloo") if self.world_size > 1 else None
 
     @property
