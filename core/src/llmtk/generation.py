@@ -6,6 +6,7 @@ the distribution's cumulative sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,9 +49,15 @@ class Completion:
 
 @torch.no_grad()
 def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
-    """Sample `n` completions of each prompt: (prompts, n). The model's mode is left as it was."""
-    if empty := [index for index, prompt in enumerate(prompts) if len(prompt) == 0]:
-        raise ValueError(f"prompt {empty[0]} has no tokens: there is nothing to continue")
+    """Sample `n` completions of each prompt: (prompts, n). The model's mode is left as it was.
+
+    A completion that reaches the model's last position ends there. ValueError for a prompt without tokens, or one that
+    leaves no room.
+    """
+    positions = _positions(model)
+    for index, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < positions:
+            raise ValueError(f"prompt {index} has {len(prompt)} tokens; 1 to {positions - 1:.0f} leave room to answer")
     jobs = [(prompt, index * sampling.n + copy) for index, prompt in enumerate(prompts) for copy in range(sampling.n)]
     by_length = sorted(range(len(jobs)), key=lambda job: len(jobs[job][0]))
     done: dict[int, Completion] = {}
@@ -77,11 +84,15 @@ def _sample(model: Any, jobs: Sequence[tuple[Sequence[int], int]], sampling: Sam
     stops = torch.tensor(sampling.stop_tokens, dtype=torch.int64, device=device)
 
     tokens, logps = [], []
+    room = [int(min(_positions(model) - len(prompt), sampling.max_new_tokens)) for prompt, _ in jobs]
+    last_position = min(_positions(model), longest + sampling.max_new_tokens) - 1
+    lasts = torch.tensor(room, device=device) - 1
     alive = torch.ones(len(jobs), dtype=torch.bool, device=device)
     cache = None
     for position in range(sampling.max_new_tokens):
         end = longest + position
-        positions = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        # A row that has come to its end goes on unseen until the others have; it needs a position that there is.
+        positions = (mask[:, :end].cumsum(1) - 1).clamp(min=0, max=last_position)[:, -ids.shape[1] :]
         output = model(
             input_ids=ids,
             attention_mask=mask[:, :end],
@@ -94,14 +105,21 @@ def _sample(model: Any, jobs: Sequence[tuple[Sequence[int], int]], sampling: Sam
         token, logp = _choose(output.logits[:, -1].float(), uniform[:, position], sampling)
         tokens.append(token)
         logps.append(logp)
-        alive &= ~torch.isin(token, stops)
+        alive &= ~torch.isin(token, stops) & (position < lasts)
         if not alive.any():
             break
         ids = token[:, None]
     return [
-        _completion(token, logp, sampling)
-        for token, logp in zip(torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist(), strict=True)
+        _completion(token[:length], logp[:length], sampling)
+        for token, logp, length in zip(
+            torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist(), room, strict=True
+        )
     ]
+
+
+def _positions(model: Any) -> float:
+    """Return how many positions the model has; infinity where its configuration sets no end."""
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
 
 
 def _uniform(sampling: Sampling, sequence: int) -> np.ndarray[Any, np.dtype[np.float64]]:
