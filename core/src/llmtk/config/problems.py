@@ -68,7 +68,9 @@ class _Problem:
     error: ErrorDetails
 
 
-def explain(error: ValidationError, settings: Mapping[str, Any], model: type[BaseModel], mend: str) -> ConfigurationError:
+def explain(
+    error: ValidationError, settings: Mapping[str, Any], model: type[BaseModel], mend: str
+) -> ConfigurationError:
     """Return the ConfigurationError that tells, key by key, what pydantic refused in `settings`."""
     problems = _nearest([_placed(item, settings) for item in error.errors(include_url=False)])
     return failure(list(_lines(problems, model)), mend)

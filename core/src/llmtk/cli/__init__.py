@@ -1,0 +1,65 @@
+"""The `llmtk` command. Each command stands in a file of its own, which is imported when the command is called.
+
+Exit codes: 0, all went well; 1, a run failed or was stopped; 2, bad input, found before anything ran; 130, Ctrl-C
+outside of training.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from llmtk.errors import LlmtkError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_REPORT = "This is a fault in llmtk or a plugin. Run again with --debug for the traceback; please report it."
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command, and exit with its code."""
+    sys.exit(call(sys.argv[1:] if arguments is None else arguments))
+
+
+def call(arguments: Sequence[str]) -> int:
+    """Run one command, say on stderr what went wrong, and return the exit code."""
+    from llmtk.cli.commands import llmtk
+
+    words, debug = _without_debug(arguments)
+    try:
+        code = llmtk.main(words, prog_name="llmtk", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone: `llmtk schema sft | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _say(error)
+    return code if isinstance(code, int) else 0
+
+
+def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """Take `--debug` out, wherever it stands: before the command or after it."""
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    words = [word for word in arguments[:end] if word != "--debug"]
+    return [*words, *arguments[end:]], len(words) < end
+
+
+def _say(error: Exception) -> int:
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    if isinstance(error, LlmtkError):
+        click.echo(f"error: {error}", err=True)
+        return error.exit_code
+    click.echo(f"error: {type(error).__name__}: {error}\n{_REPORT}", err=True)
+    return 1

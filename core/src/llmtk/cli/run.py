@@ -1,0 +1,77 @@
+"""`llmtk run`."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_EXAMPLES = """\b
+Examples:
+  llmtk run sft                                            a demo
+  llmtk run sft model.name_or_path=MODEL data.train=FILE
+  llmtk run sft config.yaml train.learning_rate=1e-5
+  llmtk run config.yaml                                    `stage:` stands in the file
+  llmtk run sft output_dir=runs/a --resume                 go on with that run
+"""
+
+
+class _Asked(NamedTuple):
+    stage: str | None
+    config: str | None
+    overrides: list[str]
+
+
+@click.command("run", epilog=_EXAMPLES)
+@click.argument("words", nargs=-1, metavar="[STAGE] [CONFIG.yaml] [KEY=VALUE]...")
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="auto",
+    metavar="[auto|PATH]",
+    help="Go on with a run: from a checkpoint's folder, or (auto) the newest sound one in output_dir.",
+)
+def command(words: tuple[str, ...], resume: str | None) -> None:
+    """Train with the method STAGE. Without a configuration this is a demo.
+
+    The file's settings go over the stage's defaults, and KEY=VALUE over the file's. `llmtk show STAGE` lists the keys.
+    """
+    if resume is not None and _belongs_to_words(resume):
+        words, resume = (*words, resume), "auto"
+    asked = _sort(words)
+    layers = _layers(asked)
+    from llmtk.run import Run
+
+    Run.from_layers(asked.stage, *layers, resume=resume).train()
+
+
+def _belongs_to_words(resume: str) -> bool:
+    """Tell `--resume KEY=VALUE`, where click takes the next word for the option's value."""
+    return not os.path.exists(resume) and ("=" in resume or _is_file_name(resume))
+
+
+def _sort(words: Sequence[str]) -> _Asked:
+    files = [word for word in words if "=" not in word and _is_file_name(word)]
+    stages = [word for word in words if "=" not in word and word not in files]
+    for kind, found in (("stage", stages), ("configuration file", files)):
+        if len(found) > 1:
+            raise click.UsageError(f"One {kind} at most, got {' and '.join(found)}. A setting is written KEY=VALUE.")
+    if not stages and not files:
+        raise click.UsageError("Name a stage: llmtk run STAGE. `llmtk list-stages` lists those installed.")
+    overrides = [word for word in words if "=" in word]
+    return _Asked(stages[0] if stages else None, files[0] if files else None, overrides)
+
+
+def _is_file_name(word: str) -> bool:
+    return word.endswith((".yaml", ".yml", ".json")) or os.sep in word or os.path.isfile(word)
+
+
+def _layers(asked: _Asked) -> list[dict[str, Any]]:
+    """Read the settings before anything heavy is imported, so that a mistake in them is told at once."""
+    from llmtk.config.reading import parse_overrides, read_file
+
+    return [*([read_file(asked.config)] if asked.config else []), parse_overrides(asked.overrides)]
