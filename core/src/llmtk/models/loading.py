@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmtk.config.sections import ModelConfig
-
-_DROPOUT_ATTRIBUTE = re.compile(r"drop(out)?(_|$)|pdrop$|layerdrop$|_drop", re.IGNORECASE)
 
 
 def load_model(
@@ -103,7 +100,7 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if isinstance(value, float) and _DROPOUT_ATTRIBUTE.search(name):
+            if isinstance(value, float) and "drop" in name:
                 setattr(module, name, 0.0)
 
 

@@ -129,10 +129,12 @@ def _unused_special_token(tokenizer: PreTrainedTokenizerFast) -> str | None:
 def _char(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models
 
-    seen = sorted(set().union(*texts))
+    seen: set[str] = set()
+    for text in texts:
+        seen.update(text)
     if not seen:
         raise ConfigurationError("model.tokenizer: a char tokenizer is trained on text, and there is none")
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, UNKNOWN, *seen])}
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, UNKNOWN, *sorted(seen)])}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=UNKNOWN, fuse_unk=False))
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([*SPECIAL_TOKENS, UNKNOWN])
