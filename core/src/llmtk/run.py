@@ -145,7 +145,7 @@ class Run:
         finally:
             if self._is_set_up:
                 self.console.end(self.state.step)
-                self.backend.accelerator.end_training()
+                self.backend.close_trackers()
                 self.hooks.run_finished(error)
                 self.folder.release()
 
@@ -414,11 +414,15 @@ class Run:
             raise ConfigurationError("the ranks have other plugins, or other versions of them; install the same on all")
 
     def _load_tokenizer(self, config: ModelConfig) -> None:
+        from llmtk.data import chat_template
         from llmtk.models.tokenizers import load_tokenizer
 
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             config, lambda: (text for row in self.splits.train for text in row.texts())
         )
+        if self.config.data.template is not None:
+            # It goes along with the exported model, which is then asked as it was trained.
+            self.tokenizer.chat_template = chat_template(self.tokenizer, self.config.data.template)
 
     def _load_models(self) -> None:
         models = self.hooks.build_models()
