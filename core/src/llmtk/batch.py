@@ -92,6 +92,7 @@ class Batch:
                 prefix_of.append(-1 if sequence.prefix is None else first + sequence.prefix)
                 _check_sequence(group, sequence, tokens[-1], targets[-1])
             group_of += [index] * (len(tokens) - first)
+            _check_columns(group, targets[first:])
         return cls(
             tokens=torch.cat(tokens) if tokens else torch.zeros(0, dtype=torch.int64),
             targets=torch.cat(targets) if targets else torch.zeros(0, dtype=torch.bool),
@@ -261,10 +262,25 @@ def _check_sequence(group: Group, sequence: Sequence, tokens: Tensor, targets: T
     where = f" (row {group.place})" if group.place else ""
     if tokens.shape != targets.shape or tokens.ndim != 1:
         raise ValueError(f"tokens {tuple(tokens.shape)} and targets {tuple(targets.shape)} differ in shape{where}")
-    if sequence.prefix is None and len(targets) and bool(targets[0]):
-        raise ValueError(f"the first token of a sequence without a prefix cannot be a target{where}")
     if sequence.prefix is not None and not 0 <= sequence.prefix < len(group.prefixes):
         raise ValueError(f"prefix {sequence.prefix} of {len(group.prefixes)} prefixes{where}")
+    before = 0 if sequence.prefix is None else len(group.prefixes[sequence.prefix])
+    if before + len(tokens) == 0:
+        raise ValueError(f"a sequence without a prefix has no tokens{where}")
+    if before == 0 and bool(targets[0]):
+        raise ValueError(f"the first token of a sequence without a prefix cannot be a target{where}")
+
+
+def _check_columns(group: Group, targets: SequenceOf[Tensor]) -> None:
+    where = f" (row {group.place})" if group.place else ""
+    kinds = (
+        ("sequences", group.per_sequence, len(group.sequences)),
+        ("target tokens", group.per_target, sum(int(t.sum()) for t in targets) if group.per_target else 0),
+    )
+    for kind, columns, wanted in kinds:
+        for name, values in columns.items():
+            if len(values) != wanted:
+                raise ValueError(f"the column {name!r} has {len(values)} values for {wanted} {kind}{where}")
 
 
 def _names(columns: SequenceOf[Mapping[str, Any]]) -> list[str]:
@@ -285,7 +301,12 @@ def _column(columns: SequenceOf[Mapping[str, Any]], dtype: torch.dtype | None = 
 
 def _joined(columns: SequenceOf[Mapping[str, Values]]) -> dict[str, Tensor]:
     """Join values per sequence or target: {name: (all of them, ...)}."""
-    return {name: torch.cat([torch.as_tensor(column[name]) for column in columns]) for name in _names(columns)}
+    joined = {}
+    for name in _names(columns):
+        values = [torch.as_tensor(column[name]) for column in columns]
+        # An empty list has no type: torch takes it for float32, and the whole column would become that.
+        joined[name] = torch.cat([value for value in values if len(value)] or values)
+    return joined
 
 
 def _sum_by(index: Tensor, values: Tensor, size: int) -> Tensor:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmtk.training.evaluation import eval_mode
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -34,8 +36,11 @@ class Sampling:
     """Sequences sampled side by side, at most."""
 
     def __post_init__(self) -> None:
-        if self.n < 1 or self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(f"n and max_new_tokens start at 1, temperature and top_k at 0, 0 < top_p <= 1: {self}")
+        from_one, from_zero = (self.n, self.max_new_tokens, self.batch_size), (self.temperature, self.top_k)
+        if min(from_one) < 1 or min(from_zero) < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"n, max_new_tokens and batch_size start at 1, temperature and top_k at 0, 0 < top_p <= 1: {self}"
+            )
 
 
 @dataclass(frozen=True)
@@ -61,14 +66,10 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
     jobs = [(prompt, index * sampling.n + copy) for index, prompt in enumerate(prompts) for copy in range(sampling.n)]
     by_length = sorted(range(len(jobs)), key=lambda job: len(jobs[job][0]))
     done: dict[int, Completion] = {}
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for start in range(0, len(jobs), sampling.batch_size):
             chosen = by_length[start : start + sampling.batch_size]
             done |= zip(chosen, _sample(model, [jobs[job] for job in chosen], sampling), strict=True)
-    finally:
-        model.train(was_training)
     return [[done[index * sampling.n + copy] for copy in range(sampling.n)] for index in range(len(prompts))]
 
 

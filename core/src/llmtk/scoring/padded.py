@@ -64,15 +64,17 @@ def target_logits(root: Forward, batch: Batch) -> Tensor:
 def _pad(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Return (input ids (sequences, longest), lengths (sequences,), index of each target's logits (targets,)).
 
-    A sequence's last token predicts nothing, so it is not fed: n + 1 tokens need n positions of the model.
+    A sequence's last token predicts nothing, so it is not fed: n + 1 tokens need n positions of the model. A single
+    token is, since models take no row without any.
     """
     segments = torch.split(batch.tokens, batch.segment_lengths.tolist())
     prefixes = batch.segment_prefix.tolist()
     rows = [
-        (torch.cat([segments[prefix], segment]) if prefix >= 0 else segment)[:-1]
+        torch.cat([segments[prefix], segment]) if prefix >= 0 else segment
         for segment, prefix in zip(segments, prefixes, strict=True)
         if prefix != -2
     ]
+    rows = [row[: max(len(row) - 1, 1)] for row in rows]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows], device=ids.device)
     starts = (batch.segment_lengths[batch.segment_prefix.clamp(min=0)] * (batch.segment_prefix >= 0))[batch.is_sequence]

@@ -1,0 +1,45 @@
+"""Tiny models made on the spot, and one thread: on two shared cores, small matrices wait for each other longer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from llmtk.config.sections import ModelConfig, TokenizerConfig
+from llmtk.models.loading import load_model
+from llmtk.models.tokenizers import train_tokenizer
+
+from .kit import GPT2, LLAMA
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer(TokenizerConfig(kind="byte"), [])
+
+
+@pytest.fixture
+def build(tokenizer):
+    """Build a model from scratch, in float32 and eval mode."""
+
+    def make(fields=LLAMA, **more):
+        config = ModelConfig(from_config=fields | more)
+        return load_model(config, tokenizer, trainable=True, compute_dtype=torch.float32).eval()
+
+    return make
+
+
+@pytest.fixture
+def model(build):
+    return build()
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def either(request, build):
+    return build({"llama": LLAMA, "gpt2": GPT2}[request.param])

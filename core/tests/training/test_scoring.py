@@ -1,0 +1,173 @@
+"""Scoring, against the model's own logits for one sequence at a time, and against transformers' own loss."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from llmtk import Batch, Group, Sequence
+from llmtk.scoring import map_logits, score
+
+from .kit import GPT2
+
+ALSO = ("entropy", "vocab_mean", "top1")
+
+
+def tokens(length: int, seed: int) -> list[int]:
+    return torch.randint(4, 260, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def after_first(length: int) -> list[bool]:
+    return [False] + [True] * (length - 1)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """Plain sequences of unequal length, a pair behind one prefix, and a sequence without targets."""
+    some = [False, False, True, False, True, True, False]
+    return Batch.collate(
+        [
+            Group([Sequence(tokens(9, 0), after_first(9))], {}),
+            Group(
+                [Sequence(tokens(4, 1), [True] * 4, 0), Sequence(tokens(2, 2), [False, True], 0)], {}, [tokens(5, 3)]
+            ),
+            Group([Sequence(tokens(3, 4), [False] * 3)], {}),
+            Group([Sequence(tokens(7, 5), some), Sequence([9], [True], 1)], {}, [tokens(2, 6), tokens(1, 7)]),
+        ]
+    )
+
+
+def flat(batch: Batch) -> list[tuple[list[int], list[int]]]:
+    """Return each sequence with its prefix in front, and the positions of its targets."""
+    segments = torch.split(batch.tokens, batch.segment_lengths.tolist())
+    marks = torch.split(batch.targets, batch.segment_lengths.tolist())
+    found = []
+    for segment, mark, prefix in zip(segments, marks, batch.segment_prefix.tolist(), strict=True):
+        if prefix != -2:
+            before = segments[prefix].tolist() if prefix >= 0 else []
+            found.append((before + segment.tolist(), [len(before) + i for i in mark.nonzero().flatten().tolist()]))
+    return found
+
+
+def naive_logits(model, batch: Batch) -> torch.Tensor:
+    """Return the logits at targets in float64, of one sequence at a time and whole."""
+    exact = copy.deepcopy(model).double()
+    rows = [exact(input_ids=torch.tensor([ids])).logits[0, [t - 1 for t in at]] for ids, at in flat(batch) if at]
+    return torch.cat(rows)
+
+
+def test_scores_are_those_of_each_sequence_alone_in_float64(either, batch):
+    logps = naive_logits(either, batch).log_softmax(-1)
+    scores = score(either, batch, ALSO)
+    close = {"rtol": 0, "atol": 1e-5}
+    torch.testing.assert_close(scores.logps.double(), logps.gather(1, batch.target_tokens[:, None])[:, 0], **close)
+    torch.testing.assert_close(scores.entropy.double(), -(logps.exp() * logps).sum(-1), **close)
+    torch.testing.assert_close(scores.vocab_mean.double(), logps.mean(-1), **close)
+    assert torch.equal(scores.top1, logps.argmax(-1) == batch.target_tokens)
+    torch.testing.assert_close(score(either, batch).logps, scores.logps, rtol=0, atol=1e-6)  # without the full table
+
+
+def test_top1_is_true_where_the_target_is_the_likeliest(model):
+    """With untrained models hardly any target is the likeliest; here each second one is."""
+    prompt = tokens(6, 0)
+    best = int(model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
+    rows = [[*prompt, best], [*prompt, (best + 1) % 260]]
+    groups = [Group([Sequence(row, [False] * 6 + [True])], {}) for row in rows]
+    assert score(model, Batch.collate(groups), ["top1"]).top1.tolist() == [True, False]
+
+
+def test_a_shared_prefix_scores_like_its_copies(either, batch):
+    copies = [Group([Sequence(ids, [i in at for i in range(len(ids))])], {}) for ids, at in flat(batch)]
+    torch.testing.assert_close(score(either, batch).logps, score(either, Batch.collate(copies)).logps)
+
+
+def test_a_uniform_model_gives_the_logarithm_of_the_vocabulary(either, batch):
+    either.get_output_embeddings().weight.data.zero_()
+    scores = score(either, batch, ALSO)
+    vocabulary = either.config.vocab_size
+    for value, wanted in ((scores.logps, -1), (scores.entropy, 1), (scores.vocab_mean, -1)):
+        torch.testing.assert_close(value, torch.full_like(value, wanted * math.log(vocabulary)), rtol=1e-6, atol=0)
+
+
+def test_sums_and_means_are_by_sequence(model, batch):
+    scores = score(model, batch)
+    sums, means, at = [], [], 0
+    for _, targets in flat(batch):
+        part = scores.logps[at : at + len(targets)].double()
+        at += len(targets)
+        sums.append(part.sum())
+        means.append(part.mean() if len(targets) else torch.tensor(0.0))
+    torch.testing.assert_close(scores.sum().double(), torch.stack(sums).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(scores.mean().double(), torch.stack(means).double(), rtol=1e-6, atol=0)
+
+
+def test_gradients_are_those_of_the_models_own_loss(either):
+    rows = [tokens(length, length) for length in (12, 5, 9)]
+    batch = Batch.collate([Group([Sequence(row, after_first(len(row)))], {}) for row in rows])
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True)
+
+    def gradients(loss):
+        either.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in either.named_parameters()}
+
+    theirs = either(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    ours = -score(either, batch).logps.sum() / len(batch.target_tokens)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    wanted, found = gradients(theirs), gradients(ours)
+    assert wanted.keys() == found.keys()
+    for name in wanted:
+        scale = float(wanted[name].abs().max())
+        assert scale > 0
+        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=2e-6 * scale)
+
+
+def test_a_sequence_may_have_one_token_more_than_the_model_has_positions(build):
+    model = build(GPT2, n_positions=16)
+    fits = Batch.collate([Group([Sequence(tokens(17, 0), after_first(17))], {})])
+    torch.testing.assert_close(
+        score(model, fits).logps,
+        model(input_ids=fits.tokens[None, :-1]).logits[0].log_softmax(-1).gather(1, fits.tokens[1:, None])[:, 0],
+    )
+    with pytest.raises(IndexError):
+        score(model, Batch.collate([Group([Sequence(tokens(18, 0), after_first(18))], {})]))
+
+
+def test_sequences_too_short_to_predict_anything_score_nothing(either):
+    scores = score(either, Batch.collate([Group([Sequence([5], [False])], {})]), ALSO)
+    assert scores.logps.shape == scores.entropy.shape == (0,)
+    assert scores.sum().tolist() == scores.mean().tolist() == [0.0]
+    scores.logps.sum().backward()  # a rank with such a row alone still takes part in the backward pass
+    assert all(p.grad is not None and not p.grad.any() for p in either.parameters())
+
+
+def test_map_logits_has_the_gradient_of_score(either, batch):
+    def pick(logits, targets, weight):
+        return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0] * weight
+
+    weight = torch.linspace(0.5, 2, len(batch.target_tokens))
+    gradients = []
+    for values in (map_logits(either, batch, pick, [batch.target_tokens, weight]), score(either, batch).logps * weight):
+        either.zero_grad()
+        values.sum().backward()
+        gradients.append([p.grad.clone() for p in either.parameters()])
+    for mapped, scored in zip(*gradients, strict=True):
+        torch.testing.assert_close(mapped, scored, rtol=0, atol=2e-6 * float(scored.abs().max()))
+
+
+def test_map_logits_may_return_more_than_one_number_a_target(model, batch):
+    found = map_logits(model, batch, lambda logits: logits.topk(3).values)
+    torch.testing.assert_close(found.double(), naive_logits(model, batch).topk(3).values, rtol=0, atol=1e-5)
+
+
+def test_what_map_logits_is_given_must_answer_for_each_target(model, batch):
+    with pytest.raises(ValueError, match=r"shape \(\) for \d+ targets"):
+        map_logits(model, batch, lambda logits: logits.sum())
+
+
+def test_an_unknown_name_beside_the_log_probs_is_refused(model, batch):
+    with pytest.raises(ValueError, match="not 'entropi'"):
+        score(model, batch, ["entropi"])
