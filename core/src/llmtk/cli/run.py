@@ -10,6 +10,7 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_SUFFIXES = (".yaml", ".yml", ".json")
 _EXAMPLES = """\b
 Examples:
   llmtk run sft                                            a demo
@@ -50,8 +51,8 @@ def command(words: tuple[str, ...], resume: str | None) -> None:
 
 
 def _belongs_to_words(resume: str) -> bool:
-    """Tell `--resume KEY=VALUE`, where click takes the next word for the option's value."""
-    return not os.path.exists(resume) and ("=" in resume or _is_file_name(resume))
+    """Tell `--resume KEY=VALUE`, where click takes the next word for the option's value: a checkpoint is a folder."""
+    return resume.endswith(_SUFFIXES) or ("=" in resume and not os.path.isdir(resume))
 
 
 def _sort(words: Sequence[str]) -> _Asked:
@@ -67,7 +68,7 @@ def _sort(words: Sequence[str]) -> _Asked:
 
 
 def _is_file_name(word: str) -> bool:
-    return word.endswith((".yaml", ".yml", ".json")) or os.sep in word or os.path.isfile(word)
+    return word.endswith(_SUFFIXES) or os.sep in word or os.path.isfile(word)
 
 
 def _layers(asked: _Asked) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ def _run_config_model(stage_name: str, stage_class: type[Stage]) -> type[RunConf
     defaults = dict(stage_class.defaults)
     if unknown := sorted(set(defaults) - set(SHARED)):
         raise PluginError(f"The stage {stage_name!r} has defaults for {', '.join(unknown)}: not a shared section.")
-    kinds = {name: _with_defaults(section, defaults.get(name, {}), stage_name) for name, section in SHARED.items()}
+    kinds = {name: _with_defaults(name, defaults.get(name, {}), stage_name) for name in SHARED}
     fields: dict[str, Any] = {
         name: (kind, _described(RunConfig, name, default_factory=kind)) for name, kind in kinds.items()
     }
@@ -91,16 +91,15 @@ def _run_config_model(stage_name: str, stage_class: type[Stage]) -> type[RunConf
     return create_model("RunConfig", __base__=RunConfig, __doc__=f"The configuration of a {stage_name} run.", **fields)
 
 
-def _with_defaults(section: type[Section], defaults: Mapping[str, Any], stage_name: str) -> type[Section]:
+def _with_defaults(section_name: str, defaults: Mapping[str, Any], stage_name: str) -> type[Section]:
+    section = SHARED[section_name]
     if not defaults:
         return section
     try:
         values = section.model_validate(defaults)
     except ValidationError as error:
-        problem = explain(error, defaults, section, "The mend is the stage's author's.")
-        raise PluginError(
-            f"The stage {stage_name!r} has defaults that do not fit {section.__name__}: {problem}"
-        ) from None
+        problem = explain(error, defaults, section, "The mend is its author's.")
+        raise PluginError(f"The stage {stage_name!r} has wrong defaults for {section_name}: {problem}") from None
     fields: dict[str, Any] = {}
     for name in defaults:
         field = section.model_fields[name]
