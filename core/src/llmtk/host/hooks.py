@@ -131,6 +131,10 @@ class Hooks:
 
     # How it is done
 
+    def answered(self, hook: str) -> bool:
+        """Say whether anybody answers a hook, so that ranks need not talk about what nobody says."""
+        return bool(getattr(self._call, hook).get_hookimpls())
+
     def _around(self, hook: str, argument: str) -> Callable[[Any], Any]:
         def innermost(value: Any) -> Any:
             return getattr(self._call, hook)(run=self._run, **{argument: value})

@@ -29,9 +29,10 @@ def train(run: Run) -> None:
     state = run.state
     while state.pending is not None or (state.step < run.plan.max_steps and state.stopped_by is None):
         if state.pending is None:
+            began = time.perf_counter()
             if state.round is None:
                 _open_round(run)
-            state.pending = _step(run, state.current_window)
+            state.pending = _step(run, state.current_window, began)
             state.close_window(run.order.cursor.epoch)
             _log(run, state.pending)
         _finish_step(run, state.pending)
@@ -49,11 +50,12 @@ def _finish_step(run: Run, report: StepReport) -> None:
         run.hooks.step_finished(report)
         if state.at_epoch_end:
             run.hooks.epoch_finished(state.epochs)
-        state.stopped_by = run.first_of_ranks(run.hooks.should_stop(report))
+        if run.hooks.answered("should_stop"):
+            state.stopped_by = run.first_of_ranks(run.hooks.should_stop(report))
     interrupted = run.interrupted()
     if interrupted or _save_is_due(run):
         save_checkpoint(run)
-    if interrupted and state.step < run.plan.max_steps:
+    if interrupted and (state.pending is not None or state.step < run.plan.max_steps):
         raise Interrupted(
             f"{run.signal_name()} stopped the run after step {state.step}; its checkpoint is written. "
             f"Go on with: llmtk run {run.stage_name} output_dir={run.output_dir} --resume auto"
@@ -80,10 +82,9 @@ def _open_round(run: Run) -> None:
     state.round, state.window = round, 0
 
 
-def _step(run: Run, window: Batch) -> StepReport:
+def _step(run: Run, window: Batch, began: float) -> StepReport:
     """Run one window forward and backward, and take the optimizer step."""
     state, config, backend = run.state, run.config.train, run.backend
-    began = time.perf_counter()
     cut = cut_window(window, backend, rows=config.per_device_train_batch_size, tokens=config.micro_batch_tokens)
     parts = cut.parts if any(cut.totals.values()) else []
     window_tally = WindowTally(cut.totals)
@@ -103,7 +104,8 @@ def _step(run: Run, window: Batch) -> StepReport:
     state.tokens += cut.tokens
     state.rows += cut.groups
     if result.skipped is None:
-        tally.add_means(run.reduce_means(run.hooks.extra_metrics(window)))
+        if run.hooks.answered("extra_metrics"):
+            tally.add_means(run.reduce_means(run.hooks.extra_metrics(window)))
         state.tally.add(tally)
     tokens_per_second = run.count_speed(time.perf_counter() - began, cut.tokens, cut.groups)
     report = StepReport(state.step, run.order.epochs, tally.loss, result.grad_norm, learning_rate, result.skipped)
