@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from llmtk.config.sections import ModelConfig, TokenizerConfig
 from llmtk.models.loading import load_model
 from llmtk.models.tokenizers import train_tokenizer

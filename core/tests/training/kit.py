@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from llmtk import Group, LossOutput, Mean, Round, Run, Sequence, Stage, Term
 
 LLAMA = {

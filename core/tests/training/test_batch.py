@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from llmtk import Batch, Group, Mean, Round, Sequence
 from llmtk.training.state import round_from_state, round_to_state
 

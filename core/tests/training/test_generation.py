@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from llmtk import Batch, Group, Sampling, Sequence
 from llmtk.generation import generate
 from llmtk.scoring import score

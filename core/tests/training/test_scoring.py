@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from llmtk import Batch, Group, Sequence
 from llmtk.scoring import map_logits, score
 

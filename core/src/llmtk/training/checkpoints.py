@@ -105,10 +105,18 @@ def prune(folder: Path, keep: int | None, protected: set[Path]) -> None:
         return
     for _, path in list_checkpoints(folder)[:-keep]:
         if path not in protected:
-            # Renamed first: a folder under a checkpoint's name is never half there.
-            doomed = path.with_name(f".writing-removed-{path.name}")
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+            _remove(path)
+
+
+def remove_later(folder: Path, step: int) -> list[Path]:
+    """Remove the checkpoints after a step, from which the run goes on anew, and return them.
+
+    Left there, pruning would take them for the newest, and the next resume would go on with a future that never was.
+    """
+    later = [path for found, path in list_checkpoints(folder) if found > step]
+    for path in later:
+        _remove(path)
+    return later
 
 
 def save_weights(file: Path, root: nn.Module) -> None:
@@ -122,9 +130,10 @@ def load_weights(file: Path, root: nn.Module) -> None:
     kept = _kept(root)
     if saved.keys() != kept.keys():
         raise CheckpointError(f"{file} does not fit the model: {_difference(saved.keys(), kept.keys())}")
+    for name, tensor in kept.items():
+        _check_alike(file, name, saved[name], tensor)
     with torch.no_grad():
         for name, tensor in kept.items():
-            _check_alike(file, name, saved[name], tensor)
             tensor.copy_(saved[name])
 
 
@@ -195,7 +204,7 @@ def split_state(state: Mapping[str, Any], where: str) -> tuple[dict[str, Tensor]
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     rest = {key: value for key, value in state.items() if key not in tensors}
     try:
-        if json.loads(json.dumps(rest, allow_nan=True)) != rest and not _has_nan(rest):
+        if not _alike(json.loads(json.dumps(rest)), rest):
             raise TypeError("it would come back changed (a tuple, or a key that is no string)")
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: checkpoint state is tensors and JSON values by name; {error}") from error
@@ -216,6 +225,13 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds no JSON object")
     return value
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: a folder under a checkpoint's name is never half there.
+    doomed = path.with_name(f".writing-removed-{path.name}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _recover(folder: Path) -> None:
@@ -248,12 +264,13 @@ def _difference(saved: Any, wanted: Any) -> str:
     return f"it lacks {missing[:3]} ({len(missing)} in all) and has {extra[:3]} ({len(extra)}) that the model lacks"
 
 
-def _has_nan(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_has_nan(v) for v in value.values())
-    if isinstance(value, list):
-        return any(_has_nan(v) for v in value)
-    return isinstance(value, float) and value != value
+def _alike(a: Any, b: Any) -> bool:
+    """Compare JSON values, in which NaN equals itself."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return bool(a == b or (a != a and b != b))
 
 
 def _sha256(file: Path) -> str:

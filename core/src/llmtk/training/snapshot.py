@@ -63,6 +63,8 @@ def restore(run: Run, path: Path) -> None:
         {name: {**state, **plugin_tensors.get(name, {})} for name, state in rest["plugins"].items()}
     )
     run.records.cut(saved["records"])
+    if run.backend.is_main and (later := checkpoints.remove_later(run.checkpoints, run.state.step)):
+        run.notify(f"Going on from step {run.state.step}: later checkpoints are removed ({len(later)})")
     run.randomness.restore(
         {k.removeprefix("random/"): v for k, v in tensors.items() if k.startswith("random/")}, rest["random"]
     )

@@ -74,6 +74,8 @@ class WindowTally:
             part = Tally()
             for name, term in terms.items():
                 summed = next(numbers)
+                if not self.totals[term.per]:  # dropped from the loss, whatever its sum
+                    summed = 0.0
                 part.terms[name] = [summed, summed * term.coefficient, 0.0]
                 if not math.isfinite(summed):
                     bad += micro_batch.batch.places

@@ -1,0 +1,82 @@
+"""The order of rows: each once an epoch, whatever the batch and the ranks, and a pure function of its seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmtk import PluginError
+from llmtk.training.order import Cursor, RowOrder, shuffled
+
+
+def take_epoch(order: RowOrder, count: int) -> list[list[int]]:
+    epoch, batches = order.cursor.epoch, []
+    while order.cursor.epoch == epoch:
+        batches.append(order.take(count))
+    return batches
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 4))
+def test_an_epoch_has_every_row_once_over_all_ranks(rows, count, ranks):
+    order = RowOrder(rows, seed=3)
+    for _ in range(3):
+        batches = take_epoch(order, count)
+        assert [len(batch) for batch in batches[:-1]] == [count] * (len(batches) - 1)
+        assert len(batches) == -(-rows // count)
+        by_rank = [index for batch in batches for rank in range(ranks) for index in batch[rank::ranks]]
+        assert sorted(by_rank) == list(range(rows))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = {tuple(shuffled(30, seed, epoch)) for seed in (0, 1, -1, 2**64 - 2) for epoch in (0, 1)}
+    assert len(orders) == 8
+    assert all(sorted(order) == list(range(30)) for order in orders)
+
+
+def test_every_order_of_three_rows_comes_equally_often():
+    counts = Counter(tuple(shuffled(3, 0, epoch)) for epoch in range(6000))
+    assert len(counts) == 6
+    assert sum((count - 1000) ** 2 / 1000 for count in counts.values()) < 25.7  # 5 degrees of freedom, 1 in 10,000
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 20), st.lists(st.tuples(st.integers(1, 15), st.booleans()), max_size=12), st.data())
+def test_an_order_goes_on_from_a_cursor_alone(rows, takes, data):
+    order = RowOrder(rows, seed=1)
+    stop = data.draw(st.integers(0, len(takes)))
+    for count, cross in takes[:stop]:
+        order.take(count, cross=cross)
+    again = RowOrder(rows, seed=1)
+    again.cursor = Cursor(order.cursor.epoch, order.cursor.consumed)
+    for count, cross in takes[stop:]:
+        assert again.take(count, cross=cross) == order.take(count, cross=cross)
+    assert again.epochs == order.epochs
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.lists(st.integers(1, 25), min_size=1, max_size=5))
+def test_draws_cross_epochs_without_loss(rows, counts):
+    order = RowOrder(rows, seed=5)
+    drawn = [index for count in counts for index in order.take(count, cross=True)]
+    endless = [int(index) for epoch in range(sum(counts) // rows + 1) for index in shuffled(rows, 5, epoch)]
+    assert drawn == endless[: sum(counts)]
+    assert order.epochs == pytest.approx(sum(counts) / rows)
+
+
+def test_a_plugin_may_order_some_epochs():
+    order = RowOrder(4, 0, lambda epoch: [3, 1, 0, 2] if epoch == 1 else None)
+    epochs = [take_epoch(order, 3) for _ in range(3)]
+    assert epochs[1] == [[3, 1, 0], [2]]
+    for epoch in (0, 2):
+        assert list(chain(*epochs[epoch])) == list(shuffled(4, 0, epoch))
+
+
+@pytest.mark.parametrize("answer", [[0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 4], [0, 1, 2, 3, 3], []])
+def test_an_order_that_is_no_permutation_is_refused(answer):
+    with pytest.raises(PluginError, match=f"all 4 rows, each once; it gave {len(answer)}"):
+        RowOrder(4, 0, lambda epoch: answer).take(1)
