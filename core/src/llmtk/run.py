@@ -146,8 +146,10 @@ class Run:
             if self._is_set_up:
                 self.console.end(self.state.step)
                 self.backend.close_trackers()
-                self.hooks.run_finished(error)
-                self.folder.release()
+                try:
+                    self.hooks.run_finished(error)
+                finally:
+                    self.folder.release()
 
     def evaluate(self, data: str | list[str] | list[dict[str, Any]] | None = None) -> dict[str, float]:
         """Return loss and the stage's metrics on other data, or on the run's evaluation rows."""
@@ -456,10 +458,10 @@ class Run:
         )
 
     def _check_evaluation(self) -> None:
-        """Refuse options that need evaluation data where there is none."""
-        if self.splits.eval is not None:
-            return
+        """Refuse options that need evaluations where there are none."""
         config = self.config.train
+        if self.splits.eval is not None and config.eval_strategy != "no":
+            return
         needing = [
             ("train.eval_strategy", config.eval_strategy == "steps"),
             ("train.load_best_model_at_end", config.load_best_model_at_end),
@@ -467,6 +469,8 @@ class Run:
             ("samples.count", self.config.samples.count > 0),
         ]
         if asked := [name for name, asks in needing if asks]:
+            if self.splits.eval is not None:
+                raise ConfigurationError(f"{asked[0]} needs evaluations, and eval_strategy: no makes none; change one")
             raise ConfigurationError(f"{asked[0]} needs evaluation data: give data.eval, a share (0.1) or a file")
 
     # Training
