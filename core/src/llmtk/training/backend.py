@@ -6,6 +6,7 @@ gradient accumulation taken from the environment.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import os
@@ -58,14 +59,17 @@ class Backend:
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
-        # Control messages stay off the accelerator: no synchronisation, and any Python value.
         expected = int(os.environ.get("WORLD_SIZE", "1"))
         if self.world_size != expected:
             raise ConfigurationError(
                 f"the launcher started {expected} processes (WORLD_SIZE), but this one knows of {self.world_size}: "
                 f"each would train alone. Start with torchrun or accelerate launch"
             )
+        # Control messages stay off the accelerator: no synchronisation, and any Python value.
         self._control = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        if self.world_size > 1:
+            atexit.unregister(_leave)
+            atexit.register(_leave)
 
     @property
     def is_main(self) -> bool:
@@ -123,6 +127,11 @@ class Backend:
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(grad_norm, skipped)
 
+    def close_trackers(self) -> None:
+        """Finish what is reported to trackers. Not Accelerate's `end_training`, after which ranks cannot talk."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, by rank."""
         if self._control is None:
@@ -157,6 +166,12 @@ class Backend:
         if any(told):
             rank = next(index for index, message in enumerate(told) if message)
             raise error(f"{what} failed on rank {rank}: {told[rank]}")
+
+
+def _leave() -> None:
+    """Part from the other ranks when the process ends: until then, runs may be evaluated, and others follow."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _trackers(names: list[str]) -> list[str]:

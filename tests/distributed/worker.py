@@ -1,0 +1,629 @@
+"""What every process of a distributed test does: many small runs, one after the other.
+
+    python -m torch.distributed.run --nproc-per-node 2 worker.py OUT [CHECK ...]
+    python worker.py OUT [CHECK ...]
+
+Each check trains a tiny model and answers with JSON, which every rank writes to OUT/RANKS/CHECK.RANK.json. The test
+compares these between one rank and two. Checks of one launch share the processes, because starting one costs seconds.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from llmtk import Group, LossOutput, Mean, Round, Run, Sequence, Term, hookimpl
+from llmtk.training import checkpoints
+from llmtk_stage_sft import SupervisedFineTuning
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+}
+POISON = "!"
+"""A row with this character in its prompt spoils the loss or the gradient."""
+LIMIT = 150
+"""Seconds after which a process shows where it hangs, and dies."""
+
+Answer = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all, and where it writes."""
+
+    rank: int
+    size: int
+    out: Path
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
+
+
+def rows(count: int) -> list[dict[str, str]]:
+    """Return rows in which long ones (even) and short ones (odd) take turns, all different."""
+    return [
+        {"prompt": "pq"[i % 2] * (3 + i % 5 + 24 * (1 - i % 2)), "completion": f"{i:02d}" * (1 + i % 3)}
+        for i in range(count)
+    ]
+
+
+class Probe(SupervisedFineTuning):
+    """Fine-tuning that keeps the first step's gradient, and counts rows and forwards of each window."""
+
+    name = "probe"
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self.gradient: Answer = {}
+        self.shares: list[int] = []
+        self.forwards: list[int] = [0]  # the first entry: of a round that a checkpoint brought
+
+    def build_optimizer(self, run):
+        optimizer = super().build_optimizer(run)
+
+        def keep(*_):
+            if not self.gradient:
+                self.gradient = {n: p.grad.tolist() for n, p in run.model.named_parameters() if p.grad is not None}
+
+        optimizer.register_step_pre_hook(keep)
+        return optimizer
+
+    def prepare_batch(self, run, rows):
+        self.shares.append(len(rows))
+        self.forwards.append(0)
+        return super().prepare_batch(run, rows)
+
+    def compute_loss(self, run, batch):
+        self.forwards[-1] += 1
+        return super().compute_loss(run, batch)
+
+
+class InOrder:
+    """Gives the rows in the order of the data."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    @hookimpl
+    def order_examples(self, run, epoch):
+        return list(range(self.count))
+
+
+def make(
+    world: World,
+    name: str,
+    stage: type = Probe,
+    *,
+    data: list[dict[str, str]] | None = None,
+    evaluation: list[dict[str, str]] | None = None,
+    in_order: bool = False,
+    plugins: tuple[object, ...] = (),
+    model: Any = None,
+    peft: Any = None,
+    resume: str | None = None,
+    **train: Any,
+) -> Run:
+    """Make a run whose global batch is 8 rows, however many ranks there are."""
+    data = rows(40) if data is None else data
+    settings = {"bf16": False, "per_device_train_batch_size": 8 // world.size, "max_steps": 20, "logging_steps": 1}
+    settings |= {"optim": "sgd", "learning_rate": 0.2, "max_grad_norm": 0}
+    run = Run(
+        stage,
+        model=model or {"from_config": TINY, "tokenizer": {"kind": "byte"}},
+        data={"train": data, "eval": evaluation},
+        peft=peft,
+        plugins=[*((InOrder(len(data)),) if in_order else ()), *plugins],
+        resume=resume,
+        output_dir=str(world.out / f"{name}-{world.size}"),
+        train=settings | train,
+    )
+    run.said = []
+    speak = run.console.say
+    run.console.say = lambda message: (run.said.append(message), speak(message))
+    return run
+
+
+def weights(run: Run) -> Answer:
+    return {name: parameter.tolist() for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+
+
+def trained(run: Run) -> Answer:
+    """Train, and tell what came of it."""
+    result = run.train()
+    stage: Any = run.stage
+    return {
+        "steps": result.steps,
+        "weights": weights(run),
+        "gradient": getattr(stage, "gradient", {}),
+        "shares": getattr(stage, "shares", []),
+        "forwards": getattr(stage, "forwards", []),
+        "metrics": run.records.read("metrics"),
+        "said": run.said,
+    }
+
+
+def failure(action: Callable[[], Any]) -> str:
+    """Return the error that an action ends with."""
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def last_checkpoint(run: Run) -> Answer:
+    """Return the newest checkpoint's step, what is wrong with it, and its bytes of weights and optimizer state."""
+    step, path = checkpoints.list_checkpoints(run.checkpoints)[-1]
+    files = ("weights.safetensors", "optimizer.safetensors")
+    return {"step": step, "problem": checkpoints.verify(path)} | {f: (path / f).read_bytes().hex() for f in files}
+
+
+# Training is the same for one rank and two
+
+
+def sgd(world: World) -> Answer:
+    run = make(world, "sgd")
+    answer = trained(run)
+    run.save(world.out / f"base-{world.size}")
+    return answer
+
+
+def adamw(world: World) -> Answer:
+    return trained(make(world, "adamw", optim="adamw_torch_fused", learning_rate=1e-3, adam_epsilon=1e-5))
+
+
+def accumulated(world: World) -> Answer:
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // world.size}
+    return trained(make(world, "accumulated", **settings))
+
+
+def clipped(world: World) -> Answer:
+    return trained(make(world, "clipped", max_grad_norm=0.05))
+
+
+def unequal(world: World) -> Answer:
+    """Long rows on one rank, short ones on the other: a token budget cuts them into unequal numbers."""
+    return trained(make(world, "unequal", data=rows(16), in_order=True, micro_batch_tokens=40))
+
+
+def tail(world: World) -> Answer:
+    """An epoch of 9 rows: its second batch has a row for the first rank alone."""
+    return trained(make(world, "tail", data=rows(9)))
+
+
+def tail_of_three(world: World) -> Answer:
+    """A last batch of 3 rows in micro-batches of one: two on one rank, one on the other, with nothing to split."""
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8 // world.size}
+    return trained(make(world, "three", data=rows(11), in_order=True, **settings))
+
+
+def lora(world: World) -> Answer:
+    """On the model of `sgd`, with activations recomputed."""
+    # Each world on its own copy would start from weights that differ in the last bits.
+    base = world.out / "base-1"
+    peft = {"r": 4, "lora_alpha": 8}
+    model = {"name_or_path": str(base)}
+    return trained(make(world, "lora", model=model, peft=peft, gradient_checkpointing=True, learning_rate=0.5))
+
+
+class Bonus(Probe):
+    """A second term, divided by a weight that few rows have: those of a prompt of 31 letters."""
+
+    name = "bonus"
+
+    def prepare_batch(self, run, rows):
+        plain = super().prepare_batch(run, rows).windows[0]
+        first = [sum(t == row["input_ids"][0] for t in row["input_ids"]) == 31 for row in rows]
+        groups = [
+            Group(
+                [Sequence(row["input_ids"], row["targets"])],
+                {"tokens": sum(row["targets"]), "bonus": float(has)},
+                per_sequence={"has": [has]},
+                place=row["place"],
+            )
+            for row, has in zip(rows, first, strict=True)
+        ]
+        assert len(plain) == len(groups)
+        return Round.of(groups)
+
+    def compute_loss(self, run, batch):
+        output = super().compute_loss(run, batch)
+        bonus = (output.scores.sum() * batch.per_sequence["has"]).sum()
+        terms = output.terms | {"bonus": Term(-bonus, per="bonus", coefficient=0.25)}
+        return LossOutput(terms, output.metrics, output.scores)
+
+
+def zero_weight(world: World) -> Answer:
+    """The weight is zero on one rank in some windows, and on both in others."""
+    return trained(make(world, "zero", Bonus, data=rows(32), in_order=True))
+
+
+# Metrics
+
+
+class Partial(Probe):
+    """A metric of batches with a prompt of p alone: with rows in order, of the first rank alone."""
+
+    name = "partial"
+
+    def compute_loss(self, run, batch):
+        output = super().compute_loss(run, batch)
+        letter = run.tokenizer("p")["input_ids"][-1]
+        found = (batch.tokens == letter).sum()
+        metrics = dict(output.metrics)
+        if found:
+            metrics["letters"] = Mean(found, (batch.segment_lengths > 20).sum())
+        return LossOutput(output.terms, metrics, output.scores)
+
+
+class OnLastRank:
+    """A metric that the last rank alone gives."""
+
+    @hookimpl
+    def extra_metrics(self, run, window):
+        if run.rank < run.world_size - 1:
+            return {}
+        return {"last": Mean(3.0 * run.step, 2.0), "grown": Mean(float(run.step), 1, then="exp")}
+
+
+def partial_metrics(world: World) -> Answer:
+    return trained(make(world, "metrics", Partial, data=rows(16), in_order=True, plugins=(OnLastRank(),), max_steps=4))
+
+
+def evaluation(world: World) -> Answer:
+    """Rows by themselves, so that no sum depends on what stands beside them; and rows together."""
+    run = make(world, "evaluation", evaluation=rows(13), max_steps=1, learning_rate=0, per_device_eval_batch_size=1)
+    run.train()
+    together = make(world, "together", evaluation=rows(13), max_steps=1, learning_rate=0, per_device_eval_batch_size=3)
+    together.train()
+    return {"alone": run.evaluate(), "other data": run.evaluate(rows(3)), "together": together.evaluate()}
+
+
+# Stopping
+
+
+class StopOnLastRank:
+    """The last rank alone wants to stop."""
+
+    @hookimpl
+    def should_stop(self, run, step):
+        return run.rank == run.world_size - 1 and step.step == 3
+
+
+def stop(world: World) -> Answer:
+    run = make(world, "stop", plugins=(StopOnLastRank(),))
+    return trained(run) | {"checkpoint": last_checkpoint(run), "by": run.state.stopped_by}
+
+
+class Signal:
+    """The last rank alone gets SIGTERM: once a step is done, or in the midst of an evaluation."""
+
+    def __init__(self, world: World, step: int, evaluating: bool = False) -> None:
+        self.world, self.at, self.evaluating = world, step, evaluating
+
+    @hookimpl
+    def after_update(self, run, step):
+        if not self.evaluating:
+            self.strike(step.step)
+
+    @hookimpl
+    def around_compute_loss(self, run, batch, inner):
+        if self.evaluating and not run.model.training:
+            self.strike(run.step)
+        return inner(batch)
+
+    def strike(self, step: int) -> None:
+        if self.world.is_last and step == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Silent(Signal):
+    """The same plugin, for the run that is never stopped."""
+
+    def strike(self, step: int) -> None:
+        pass
+
+
+Silent.__qualname__ = Signal.__qualname__
+
+
+class ThreeWindows(Probe):
+    """Each round goes over its rows three times, in windows that know which pass they are."""
+
+    name = "three-windows"
+
+    @property
+    def windows_per_round(self):
+        return 3
+
+    def prepare_batch(self, run, rows):
+        noise = torch.rand(1, generator=run.generator("passes")).item()
+        window = super().prepare_batch(run, rows).windows[0]
+        return Round([window] * 3, {"noise": Mean(noise, 1.0)})
+
+
+def interrupted_and_resumed(world: World, name: str, signal_at: int, evaluating: bool, stage: type) -> Answer:
+    """Stop a run by a signal to one rank, resume it, and give it beside one that was never stopped."""
+    settings = {"optim": "adamw_torch_fused", "learning_rate": 1e-2, "max_steps": 8, "eval_strategy": "steps"}
+    settings |= {"eval_steps": 4, "save_steps": 100, "data": rows(21), "evaluation": rows(11)}
+    whole = make(world, f"{name}-whole", stage, plugins=(Silent(world, 0),), **settings)
+    whole.train()
+    first = make(world, name, stage, plugins=(Signal(world, signal_at, evaluating),), **settings)
+    error = failure(first.train)
+    stopped = last_checkpoint(first)
+    window = first.state.window
+    pending = first.state.pending is not None
+    second = make(world, name, stage, plugins=(Silent(world, 0),), resume="auto", **settings)
+    second.train()
+    return {
+        "error": error,
+        "stopped": {"step": stopped["step"], "problem": stopped["problem"]},
+        "window": window,
+        "pending": pending,
+        "whole": last_checkpoint(whole) | {"metrics": whole.records.read("metrics"), "weights": weights(whole)},
+        "resumed": last_checkpoint(second) | {"metrics": second.records.read("metrics"), "weights": weights(second)},
+    }
+
+
+def signalled(world: World) -> Answer:
+    return interrupted_and_resumed(world, "signalled", 3, False, Probe)
+
+
+def signalled_in_a_round(world: World) -> Answer:
+    return interrupted_and_resumed(world, "in-round", 5, False, ThreeWindows)
+
+
+def signalled_in_evaluation(world: World) -> Answer:
+    return interrupted_and_resumed(world, "in-evaluation", 4, True, Probe)
+
+
+# Faults of one rank
+
+
+class Poisoned(Probe):
+    """The loss of a batch with the poisoned row is not finite."""
+
+    name = "poisoned"
+
+    def compute_loss(self, run, batch):
+        output = super().compute_loss(run, batch)
+        if not bool((batch.tokens == run.tokenizer(POISON)["input_ids"][-1]).any()):
+            return output
+        loss = output.terms["loss"].sum
+        return LossOutput({"loss": Term(self.spoilt(loss), per="tokens")}, output.metrics, output.scores)
+
+    def spoilt(self, loss):
+        return loss * float("nan")
+
+
+class Kinked(Poisoned):
+    """The loss is finite and its gradient is not: the root of zero."""
+
+    name = "kinked"
+
+    def spoilt(self, loss):
+        return loss + (loss * 0).sqrt()
+
+
+class Watch:
+    """Keeps the weights before and after each step, and what was refused."""
+
+    def __init__(self) -> None:
+        self.weights: list[Answer] = []
+        self.skipped: list[str | None] = []
+
+    @hookimpl
+    def run_started(self, run, plan):
+        self.weights.append(weights(run))
+
+    @hookimpl
+    def step_finished(self, run, step):
+        self.weights.append(weights(run))
+        self.skipped.append(step.skipped)
+
+
+def with_poison(at: int) -> list[dict[str, str]]:
+    data = rows(16)
+    data[at] = {"prompt": POISON, "completion": "00"}
+    return data
+
+
+def _refused(world: World, name: str, stage: type) -> Answer:
+    """Row 12 of 16 is poisoned, a row of the last rank: of each two steps the second is refused, on all ranks."""
+    watch = Watch()
+    run = make(world, name, stage, data=with_poison(11), in_order=True, plugins=(watch,), max_steps=4)
+    answer = trained(run)
+    return answer | {"skipped": watch.skipped, "history": watch.weights, "places": run.train_rows[11]["place"]}
+
+
+def poisoned(world: World) -> Answer:
+    return _refused(world, "poisoned", Poisoned)
+
+
+def kinked(world: World) -> Answer:
+    return _refused(world, "kinked", Kinked)
+
+
+def given_up(world: World) -> Answer:
+    run = make(world, "given-up", Poisoned, data=with_poison(1), in_order=True, max_nonfinite_steps=1)
+    return {"error": failure(run.train), "place": run.train_rows[1]["place"], "weights": weights(run)}
+
+
+class Left:
+    """A plugin of one rank."""
+
+    @hookimpl
+    def run_started(self, run, plan):
+        pass
+
+
+class Right(Left):
+    """A plugin of the others."""
+
+
+def other_plugins(world: World) -> Answer:
+    run = make(world, "plugins", plugins=(Right() if world.is_last else Left(),))
+    return {"error": failure(run.train), "folder": run.output_dir.exists()}
+
+
+class BreaksAtSave:
+    """Its state cannot be saved on one rank."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    @hookimpl
+    def extra_checkpoint_state(self, run):
+        if run.rank == self.rank:
+            raise OSError("the disk is full")
+        return {"count": run.step}
+
+
+def broken_save(world: World) -> Answer:
+    """Twice: a rank other than the first fails, and the first does, in a part of the write that it does alone."""
+    run = make(world, "save-last", plugins=(BreaksAtSave(world.size - 1),), save_steps=2, max_steps=4)
+    answer = {"last": failure(run.train), "left": [step for step, _ in checkpoints.list_checkpoints(run.checkpoints)]}
+    commit = checkpoints.commit
+
+    def fail(aside: Path, path: Path) -> None:
+        raise OSError("the disk is full")
+
+    checkpoints.commit = fail
+    try:
+        run = make(world, "save-first", save_steps=2, max_steps=4)
+        answer["first"] = failure(run.train)
+    finally:
+        checkpoints.commit = commit
+    run = make(world, "save-first", save_steps=2, max_steps=4, resume="auto")
+    return answer | {"afterwards": run.train().steps}
+
+
+def broken_export(world: World) -> Answer:
+    """The first rank fails to write the model, which the others do not even try."""
+
+    class NoExport(Probe):
+        name = "no-export"
+
+        def export_model(self, run, path):
+            raise OSError("the disk is full")
+
+    run = make(world, "export", NoExport, max_steps=1)
+    return {"error": failure(run.train)}
+
+
+# What a stage may ask of the run
+
+
+class Asking(Probe):
+    """Asks everything collective in prepare_batch, on a rank without rows too."""
+
+    name = "asking"
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self.asked: list[Answer] = []
+
+    def prepare_batch(self, run, rows):
+        round = super().prepare_batch(run, rows)
+        window = round.windows[0]
+        scores = run.score_window(window)
+        more = run.draw(3)
+        self.asked.append(
+            {
+                "rows": [row["place"] for row in rows],
+                "drawn": [row["place"] for row in more],
+                "sum": run.sum_over_ranks({"rows": len(rows), f"rank {run.rank}": 1.5}),
+                "gathered": run.gather({"rank": run.rank, "rows": len(rows)}),
+                "logps": scores.logps.tolist(),
+                "scored": [scores.logps.shape == window.target_tokens.shape, list(scores.sum().shape)],
+                "training": run.model.training,
+            }
+        )
+        return round
+
+
+def asking(world: World) -> Answer:
+    """Batches of 8, 8 and 1 rows: each draws 3 more, so that an epoch's end comes in the midst of a draw too."""
+    run = make(world, "asking", Asking, data=rows(12), max_steps=4, learning_rate=0)
+    answer = trained(run)
+    return answer | {"asked": run.stage.asked}
+
+
+# Resuming
+
+
+def checkpoint_of_this_world(world: World) -> Answer:
+    return {"steps": make(world, "worlds", max_steps=2, save_steps=1).train().steps}
+
+
+def resume_of_other_world(world: World) -> Answer:
+    """Go on with the run that the other number of ranks has written."""
+    other = World(world.rank, 3 - world.size, world.out)
+    if not (world.out / f"worlds-{other.size}").is_dir():
+        return {"error": "there is no such run yet"}
+    batch = 8 // other.size
+    run = make(other, "worlds", resume="auto", max_steps=4, save_steps=1, per_device_train_batch_size=batch)
+    return {"error": failure(run.train)}
+
+
+CHECKS: list[Callable[[World], Answer]] = [
+    sgd,
+    adamw,
+    accumulated,
+    clipped,
+    unequal,
+    tail,
+    tail_of_three,
+    lora,
+    zero_weight,
+    partial_metrics,
+    evaluation,
+    stop,
+    signalled,
+    signalled_in_a_round,
+    signalled_in_evaluation,
+    poisoned,
+    kinked,
+    given_up,
+    other_plugins,
+    broken_save,
+    broken_export,
+    asking,
+    checkpoint_of_this_world,
+    resume_of_other_world,
+]
+
+
+def main(out: str, *names: str) -> None:
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
+    world = World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), Path(out))
+    answers = world.out / str(world.size)
+    answers.mkdir(parents=True, exist_ok=True)
+    for check in CHECKS:
+        if names and check.__name__ not in names:
+            continue
+        print(f"== {check.__name__}", flush=True)
+        try:
+            answer = check(world)
+        except Exception as error:
+            answer = {"failed": f"{type(error).__name__}: {error}"}
+            sys.excepthook(*sys.exc_info())
+        (answers / f"{check.__name__}.{world.rank}.json").write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
