@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llmtk_stage_sft import SupervisedFineTuning
+
 from llmtk import Group, LossOutput, Mean, Round, Run, Sequence, Term, hookimpl
 from llmtk.training import checkpoints
-from llmtk_stage_sft import SupervisedFineTuning
 
 TINY = {
     "model_type": "llama",

@@ -486,6 +486,9 @@ class Run:
         if checkpoint is not None:
             snapshot.restore(self, checkpoint)
             self.saved_step = self.state.step
+        elif self.backend.is_main:
+            self.records.clear()
+            checkpoints.remove_later(self.checkpoints, 0)  # damaged ones, or it would not start afresh
         self.hooks.run_started(self.plan)
         self.console.begin(self.plan.max_steps, self.state.step)
         with first_signal(self.ask_to_stop):

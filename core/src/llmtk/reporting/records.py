@@ -48,6 +48,11 @@ class Records:
                     os.fsync(stream.fileno())
         return sizes
 
+    def clear(self) -> None:
+        """Remove the files: what a run left that died before its first checkpoint."""
+        for file in FILES:
+            self._path(file).unlink(missing_ok=True)
+
     def cut(self, offsets: Mapping[str, int]) -> None:
         """Cut the files back to these sizes. CheckpointError where one is shorter."""
         for file, size in offsets.items():
