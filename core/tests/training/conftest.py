@@ -7,6 +7,7 @@ import torch
 
 from llmtk.config.sections import ModelConfig, TokenizerConfig
 from llmtk.models.loading import load_model
+from llmtk.models.saving import save_model
 from llmtk.models.tokenizers import train_tokenizer
 
 from .kit import GPT2, LLAMA
@@ -44,3 +45,12 @@ def model(build):
 @pytest.fixture(params=["llama", "gpt2"])
 def either(request, build):
     return build({"llama": LLAMA, "gpt2": GPT2}[request.param])
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, tokenizer):
+    """A model folder."""
+    path = tmp_path_factory.mktemp("models") / "llama"
+    model = load_model(ModelConfig(from_config=LLAMA), tokenizer, trainable=True, compute_dtype=torch.float32)
+    save_model(model, tokenizer, path)
+    return str(path)
