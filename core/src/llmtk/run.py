@@ -30,7 +30,7 @@ from llmtk.reporting import summary
 from llmtk.reporting.console import Console
 from llmtk.reporting.records import Records
 from llmtk.reporting.speed import Speed
-from llmtk.scoring import Scores
+from llmtk.scoring import Scorer, Scores
 from llmtk.training import checkpoints, loop, optimizers, snapshot
 from llmtk.training.backend import Backend, add_up
 from llmtk.training.evaluation import eval_mode, evaluate
@@ -217,7 +217,7 @@ class Run:
 
     def score(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
         """Return the log-prob of every target token."""
-        return scoring.score(self._forward(model), batch, also)
+        return self.scorers[model].score(self._forward(model), batch, also)
 
     def score_window(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
         """Score a whole window without gradient, in micro-batches, in eval mode. All ranks must call it together."""
@@ -230,7 +230,7 @@ class Run:
 
     def map_logits(self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = ()) -> Tensor:
         """Apply `fn(logits, *columns)` to the logits at target positions, with the exact gradient."""
-        return scoring.map_logits(self._forward(None), batch, fn, columns)
+        return self.scorers[None].map_logits(self._forward(None), batch, fn, columns)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
         """Sample completions of tokenised prompts with the current policy, without gradient."""
@@ -436,6 +436,16 @@ class Run:
 
             disable_dropout(self.model)
         self.model.train()
+        self.scorers: dict[str | None, Scorer] = {None: self._scorer(self.model)} | {
+            name: self._scorer(m) for name, m in self.frozen.items()
+        }
+
+    def _scorer(self, model: nn.Module) -> Scorer:
+        """Choose how to score a model, before it is wrapped."""
+        if self.config.train.scoring == "padded":
+            return Scorer(packed=False, why_padded="train.scoring")
+        model.to(self.device)
+        return scoring.choose(model, self.gather)
 
     def _make_plan(self) -> Plan:
         config = self.config.train

@@ -166,6 +166,9 @@ class TrainConfig(Section):
     """Compute in float16 with loss scaling."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    scoring: Literal["auto", "padded"] = "auto"
+    """How log-probs are computed. `auto`: packed, without padding, where that is proven right on the model, else
+    padded; the plan says which, and why. `padded`: the plain way in any case."""
     label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
     """Share of the target's weight that is spread over the vocabulary (stages that declare it)."""
     disable_dropout: bool | None = None

@@ -21,6 +21,8 @@ def say_plan(run: Run, checkpoint: Path | None) -> None:
     say(f"data       {plan.train_rows:,} rows to train on, {plan.eval_rows:,} to evaluate")
     say(f"steps      {plan.max_steps:,}, each of {plan.global_batch} rows; {plan.steps_per_epoch:,} make an epoch")
     say(f"compute    {plan.precision} on {plan.device}")
+    scorer = run.scorers[None]
+    say("scoring    packed, proven on this model" if scorer.packed else f"scoring    padded: {scorer.why_padded}")
     if names := [name for name, _ in run.manager.list_name_plugin()][1:]:
         say(f"plugins    {', '.join(names)} (the last is outermost)")
     say(f"output     {run.output_dir}" + (f", going on from {checkpoint.name}" if checkpoint else ""))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtk.scoring.scores import ALSO, Scores
+from llmtk.scoring.scores import Scores, checked
 
 if TYPE_CHECKING:
     from llmtk.batch import Batch
@@ -23,9 +23,7 @@ Forward = Callable[..., Any]
 
 def score(root: Forward, batch: Batch, also: Iterable[str] = ()) -> Scores:
     """Score every target token of the batch. ValueError for an unknown name in `also`."""
-    wanted = frozenset(also)
-    if unknown := wanted - set(ALSO):
-        raise ValueError(f"score can give {', '.join(ALSO)} beside log-probs, not {sorted(unknown)[0]!r}")
+    wanted = checked(also)
     logits = target_logits(root, batch).float()
     targets = batch.target_tokens
     extras: dict[str, Tensor] = {}
@@ -45,10 +43,7 @@ def score(root: Forward, batch: Batch, also: Iterable[str] = ()) -> Scores:
 
 def map_logits(root: Forward, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = ()) -> Tensor:
     """Return `fn(logits (targets, vocabulary), *columns (targets, ...))`, whose first dimension must be targets."""
-    result = fn(target_logits(root, batch), *columns)
-    if result.shape[:1] != batch.target_tokens.shape:
-        raise ValueError(f"map_logits: fn gave shape {tuple(result.shape)} for {len(batch.target_tokens)} targets")
-    return result
+    return fn(target_logits(root, batch).float(), *columns)
 
 
 def target_logits(root: Forward, batch: Batch) -> Tensor:

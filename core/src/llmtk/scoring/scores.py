@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from llmtk.batch import Batch
 
 ALSO = ("entropy", "vocab_mean", "top1")
 """What can be asked for beside log-probs, from the same pass."""
+
+
+def checked(also: Iterable[str]) -> frozenset[str]:
+    """Return what is asked for as a set. ValueError for an unknown name."""
+    wanted = frozenset(also)
+    if unknown := wanted - set(ALSO):
+        raise ValueError(f"score can give {', '.join(ALSO)} beside log-probs, not {sorted(unknown)[0]!r}")
+    return wanted
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,173 @@
+"""Attention over a packed row: each segment attends to its prefix and causally to itself.
+
+Registered with transformers under a name of its own. A call without a layout (generation, a padded batch) goes to the
+implementation that the model had before, masks included.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llmtk.scoring.layout import Layout
+
+LAYOUT = "llmtk_layout"
+"""The keyword under which a layout travels through a model's layers to this function."""
+PREFIX = "llmtk_"
+
+LONG = 768
+"""Keys from which torch's own kernel is faster on a CPU than attention written out."""
+
+
+def register(implementation: str) -> str:
+    """Make packed attention known beside an implementation of transformers'; return the name that selects both."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    name = PREFIX + implementation
+    if name not in AttentionInterface():
+        plain = _plain(implementation)
+
+        def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+            layout = kwargs.pop(LAYOUT, None)
+            if layout is None:
+                return plain(module, query, key, value, *args, **kwargs)
+            return packed_attention(module, query, key, value, layout, **kwargs), None
+
+        AttentionInterface.register(name, attention)
+        if implementation in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return name
+
+
+def _plain(implementation: str) -> Callable[..., Any]:
+    """Return transformers' function of that name; `eager` stands in each model's own module."""
+    from transformers import AttentionInterface
+
+    if implementation != "eager":
+        return AttentionInterface()[implementation]  # type: ignore[no-any-return]
+
+    def eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+
+    return eager
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> Tensor:
+    """Attend: query (1, heads, T, width), key and value (1, key heads, T, width) to (1, T, heads, value width).
+
+    NotImplementedError for dropout, which the padded way has to do.
+    """
+    if dropout:
+        raise NotImplementedError("dropout in packed attention")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # Rotary embeddings come out in float32; torch's own attention casts under autocast, and so does this one.
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    # `split`, since its backward pass is one copy; slices would each fill a whole row with zeros.
+    queries = torch.split(query[0], layout.lengths, dim=1)
+    keys = torch.split(key[0], layout.lengths, dim=1)
+    values = torch.split(value[0], layout.lengths, dim=1)
+    outputs = []
+    for segment, prefix in enumerate(layout.prefixes):
+        q, k, v = queries[segment], keys[segment], values[segment]
+        if not q.shape[1]:
+            outputs.append(q.new_zeros(q.shape[0], 0, v.shape[-1]))
+            continue
+        if prefix >= 0:
+            k, v = torch.cat([keys[prefix], k], 1), torch.cat([values[prefix], v], 1)
+        outputs.append(_attend(q, k, v, scale, sliding_window, softcap or 0.0))
+    return torch.cat(outputs, 1).transpose(0, 1)[None]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float) -> Tensor:
+    """Attend from the last `len(q)` of the keys: (heads, queries, width), (key heads, keys, width)."""
+    queries, keys = q.shape[1], k.shape[1]
+    windowed = window is not None and keys > window
+    if keys >= LONG and not softcap:
+        mask = None if queries == keys and not windowed else ~_hidden(queries, keys, window, q.device)
+        attended: Tensor = F.scaled_dot_product_attention(
+            q[None],
+            k[None],
+            v[None],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=q.shape[0] != k.shape[0],
+        )
+        return attended[0]
+    written: Any = _Written.apply  # type: ignore[no-untyped-call]
+    hidden = _hidden(queries, keys, window if windowed else None, q.device)
+    return written(q, k, v, hidden, scale, softcap)  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=256)
+def _hidden(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Return (queries, keys) bool: which keys a query must not see. The queries are the last of the keys."""
+    at = torch.arange(keys - queries, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)[None]
+    return (key > at) if window is None else (key > at) | (key <= at - window)
+
+
+class _Written(torch.autograd.Function):
+    """Attention written out, for short segments: probabilities are computed again in the backward pass, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float, softcap: float) -> Tensor:
+        # Query heads that share a key head stand below each other: one product for all of them.
+        grouped = q.reshape(k.shape[0], -1, q.shape[-1])
+        scores = _scores(grouped, k, hidden, scale, softcap)
+        lse = scores.logsumexp(-1, keepdim=True)
+        output = scores.sub_(lse).exp_().to(v.dtype) @ v
+        ctx.save_for_backward(grouped, k, v, hidden, lse, output)
+        ctx.scale, ctx.softcap, ctx.heads = scale, softcap, q.shape[0]
+        return output.view(*q.shape[:2], v.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        q, k, v, hidden, lse, output = ctx.saved_tensors
+        d_output = gradients[0].reshape(output.shape)
+        scores = _scores(q, k, hidden, ctx.scale, ctx.softcap)
+        probabilities = (scores - lse).exp_() if ctx.softcap else scores.sub_(lse).exp_()
+        d_v = probabilities.to(v.dtype).transpose(1, 2) @ d_output
+        d_scores = (d_output @ v.transpose(1, 2)).float()
+        d_scores -= (d_output.float() * output.float()).sum(-1, keepdim=True)
+        d_scores *= probabilities
+        if ctx.softcap:
+            capped = torch.where(torch.isinf(scores), torch.zeros_like(scores), scores)
+            d_scores *= 1 - (capped / ctx.softcap).square_()
+        product = d_scores.mul_(ctx.scale).to(q.dtype)
+        d_q = (product @ k).view(ctx.heads, -1, q.shape[-1])
+        return d_q, product.transpose(1, 2) @ q, d_v, None, None, None
+
+
+def _scores(q: Tensor, k: Tensor, hidden: Tensor, scale: float, softcap: float) -> Tensor:
+    """Return (key heads, group x queries, keys) in float32, minus infinity where a query must not look."""
+    scores = (q @ k.transpose(1, 2)).float().mul_(scale)
+    if softcap:
+        scores = torch.tanh_(scores.div_(softcap)).mul_(softcap)
+    queries, keys = hidden.shape
+    scores.view(k.shape[0], -1, queries, keys).masked_fill_(hidden, -torch.inf)
+    return scores
