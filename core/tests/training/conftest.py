@@ -21,6 +21,18 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _no_plot(request, monkeypatch):
+    """Draw no loss curve, which takes longer than the rest of a tiny run, unless the test asks for it."""
+    if "plot" not in request.fixturenames:
+        monkeypatch.setattr("llmtk.reporting.plot.plot_losses", lambda *_: False)
+
+
+@pytest.fixture
+def plot():
+    """Let the run draw its loss curve."""
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return train_tokenizer(TokenizerConfig(kind="byte"), [])

@@ -76,8 +76,20 @@ def check_scheduler(config: TrainConfig) -> None:
             f"train.lr_scheduler_type: {config.lr_scheduler_type!r} is not known."
             f"{suggest(config.lr_scheduler_type, known)} Known: {', '.join(known)}"
         )
+    _check_schedule_reads(config)
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
     build_scheduler(probe, config, 100)
+
+
+def _check_schedule_reads(config: TrainConfig) -> None:
+    """Refuse options that transformers' schedule would pass over in silence."""
+    kind = config.lr_scheduler_type
+    if config.lr_scheduler_kwargs and kind in ("constant", "constant_with_warmup"):
+        raise ConfigurationError(f"train.lr_scheduler_kwargs is not used by lr_scheduler_type: {kind}; leave it out")
+    if kind == "constant" or waits_for_evaluation(config):
+        for key in ("warmup_steps", "warmup_ratio"):
+            if getattr(config, key):
+                raise ConfigurationError(f"train.{key} is not used by lr_scheduler_type: {kind}; leave it out")
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:
