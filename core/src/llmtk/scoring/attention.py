@@ -118,7 +118,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, s
             enable_gqa=q.shape[0] != k.shape[0],
         )
         return attended[0]
-    written: Any = _Written.apply  # type: ignore[no-untyped-call]
+    written: Any = _Written.apply
     hidden = _hidden(queries, keys, window if windowed else None, q.device)
     return written(q, k, v, hidden, scale, softcap)  # type: ignore[no-any-return]
 

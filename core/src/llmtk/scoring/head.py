@@ -46,7 +46,7 @@ def head_scores(
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    fused: Any = _FusedHead.apply  # type: ignore[no-untyped-call]
+    fused: Any = _FusedHead.apply
     logps, entropy, vocab_mean, top1 = fused(hidden, head.weight, head.bias, targets, shape, also)
     return HeadScores(
         logps,
