@@ -10,7 +10,7 @@ import torch
 
 from llmtk import Batch, Group, Sampling, Sequence
 from llmtk.generation import generate
-from llmtk.scoring import score
+from llmtk.scoring.padded import score
 
 PROMPTS = [[40, 50, 60], [70], [80, 81, 82, 83, 84, 85, 86], [90, 91], [70, 71, 72, 73]]
 

@@ -1,4 +1,4 @@
-"""Scoring, against the model's own logits for one sequence at a time, and against transformers' own loss."""
+"""Both ways of scoring, against the model's own logits for one sequence at a time, and transformers' own loss."""
 
 from __future__ import annotations
 
@@ -9,11 +9,32 @@ import pytest
 import torch
 
 from llmtk import Batch, Group, Sequence
-from llmtk.scoring import map_logits, score
+from llmtk.scoring import Scorer, choose
 
 from .kit import GPT2
 
 ALSO = ("entropy", "vocab_mean", "top1")
+
+
+@pytest.fixture
+def plain(either):
+    """The model as transformers made it: packed scoring patches the other one."""
+    return copy.deepcopy(either)
+
+
+def alone(value):
+    return [value]
+
+
+def scorer_of(way, model) -> Scorer:
+    scorer = choose(model, alone) if way == "packed" else Scorer(packed=False)
+    assert scorer.packed == (way == "packed"), scorer.why_padded
+    return scorer
+
+
+@pytest.fixture(params=["padded", "packed"])
+def scorer(request, either, plain):
+    return scorer_of(request.param, either)
 
 
 def tokens(length: int, seed: int) -> list[int]:
@@ -26,7 +47,7 @@ def after_first(length: int) -> list[bool]:
 
 @pytest.fixture
 def batch() -> Batch:
-    """Plain sequences of unequal length, a pair behind one prefix, and a sequence without targets."""
+    """Plain sequences of unequal length, a pair behind one prefix, and sequences without targets."""
     some = [False, False, True, False, True, True, False]
     return Batch.collate(
         [
@@ -34,7 +55,8 @@ def batch() -> Batch:
             Group(
                 [Sequence(tokens(4, 1), [True] * 4, 0), Sequence(tokens(2, 2), [False, True], 0)], {}, [tokens(5, 3)]
             ),
-            Group([Sequence(tokens(3, 4), [False] * 3)], {}),
+            Group([Sequence(tokens(3, 4), [False] * 3), Sequence([7], [False])], {}),
+            Group([Sequence([], [], 0), Sequence([8], [True], 0)], {}, [tokens(3, 8)]),
             Group([Sequence(tokens(7, 5), some), Sequence([9], [True], 1)], {}, [tokens(2, 6), tokens(1, 7)]),
         ]
     )
@@ -54,46 +76,47 @@ def flat(batch: Batch) -> list[tuple[list[int], list[int]]]:
 
 def naive_logits(model, batch: Batch) -> torch.Tensor:
     """Return the logits at targets in float64, of one sequence at a time and whole."""
-    exact = copy.deepcopy(model).double()
+    exact = copy.deepcopy(model).double().eval()
     rows = [exact(input_ids=torch.tensor([ids])).logits[0, [t - 1 for t in at]] for ids, at in flat(batch) if at]
     return torch.cat(rows)
 
 
-def test_scores_are_those_of_each_sequence_alone_in_float64(either, batch):
-    logps = naive_logits(either, batch).log_softmax(-1)
-    scores = score(either, batch, ALSO)
+def test_scores_are_those_of_each_sequence_alone_in_float64(scorer, either, plain, batch):
+    logps = naive_logits(plain, batch).log_softmax(-1)
+    scores = scorer.score(either, batch, ALSO)
     close = {"rtol": 0, "atol": 1e-5}
     torch.testing.assert_close(scores.logps.double(), logps.gather(1, batch.target_tokens[:, None])[:, 0], **close)
     torch.testing.assert_close(scores.entropy.double(), -(logps.exp() * logps).sum(-1), **close)
     torch.testing.assert_close(scores.vocab_mean.double(), logps.mean(-1), **close)
     assert torch.equal(scores.top1, logps.argmax(-1) == batch.target_tokens)
-    torch.testing.assert_close(score(either, batch).logps, scores.logps, rtol=0, atol=1e-6)  # without the full table
+    alone = scorer.score(either, batch).logps  # without the table of all log-probs
+    torch.testing.assert_close(alone, scores.logps, rtol=0, atol=1e-6)
 
 
-def test_top1_is_true_where_the_target_is_the_likeliest(model):
+def test_top1_is_true_where_the_target_is_the_likeliest(scorer, either, plain):
     """With untrained models hardly any target is the likeliest; here each second one is."""
     prompt = tokens(6, 0)
-    best = int(model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
+    best = int(plain(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
     rows = [[*prompt, best], [*prompt, (best + 1) % 260]]
     groups = [Group([Sequence(row, [False] * 6 + [True])], {}) for row in rows]
-    assert score(model, Batch.collate(groups), ["top1"]).top1.tolist() == [True, False]
+    assert scorer.score(either, Batch.collate(groups), ["top1"]).top1.tolist() == [True, False]
 
 
-def test_a_shared_prefix_scores_like_its_copies(either, batch):
+def test_a_shared_prefix_scores_like_its_copies(scorer, either, batch):
     copies = [Group([Sequence(ids, [i in at for i in range(len(ids))])], {}) for ids, at in flat(batch)]
-    torch.testing.assert_close(score(either, batch).logps, score(either, Batch.collate(copies)).logps)
+    torch.testing.assert_close(scorer.score(either, batch).logps, scorer.score(either, Batch.collate(copies)).logps)
 
 
-def test_a_uniform_model_gives_the_logarithm_of_the_vocabulary(either, batch):
+def test_a_uniform_model_gives_the_logarithm_of_the_vocabulary(scorer, either, batch):
     either.get_output_embeddings().weight.data.zero_()
-    scores = score(either, batch, ALSO)
+    scores = scorer.score(either, batch, ALSO)
     vocabulary = either.config.vocab_size
     for value, wanted in ((scores.logps, -1), (scores.entropy, 1), (scores.vocab_mean, -1)):
         torch.testing.assert_close(value, torch.full_like(value, wanted * math.log(vocabulary)), rtol=1e-6, atol=0)
 
 
-def test_sums_and_means_are_by_sequence(model, batch):
-    scores = score(model, batch)
+def test_sums_and_means_are_by_sequence(scorer, either, batch):
+    scores = scorer.score(either, batch)
     sums, means, at = [], [], 0
     for _, targets in flat(batch):
         part = scores.logps[at : at + len(targets)].double()
@@ -104,21 +127,20 @@ def test_sums_and_means_are_by_sequence(model, batch):
     torch.testing.assert_close(scores.mean().double(), torch.stack(means).double(), rtol=1e-6, atol=0)
 
 
-def test_gradients_are_those_of_the_models_own_loss(either):
+def test_gradients_are_those_of_the_models_own_loss(scorer, either, plain):
     rows = [tokens(length, length) for length in (12, 5, 9)]
     batch = Batch.collate([Group([Sequence(row, after_first(len(row)))], {}) for row in rows])
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True)
 
-    def gradients(loss):
-        either.zero_grad()
+    def gradients(model, loss):
         loss.backward()
-        return {name: p.grad.clone() for name, p in either.named_parameters()}
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
 
-    theirs = either(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
-    ours = -score(either, batch).logps.sum() / len(batch.target_tokens)
+    theirs = plain(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    ours = -scorer.score(either, batch).logps.sum() / len(batch.target_tokens)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
-    wanted, found = gradients(theirs), gradients(ours)
+    wanted, found = gradients(plain, theirs), gradients(either, ours)
     assert wanted.keys() == found.keys()
     for name in wanted:
         scale = float(wanted[name].abs().max())
@@ -126,49 +148,66 @@ def test_gradients_are_those_of_the_models_own_loss(either):
         torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=2e-6 * scale)
 
 
-def test_a_sequence_may_have_one_token_more_than_the_model_has_positions(build):
-    model = build(GPT2, n_positions=16)
+@pytest.mark.parametrize("way", ["padded", "packed"])
+def test_a_sequence_may_have_one_token_more_than_the_model_has_positions(build, way):
+    either = build(GPT2, n_positions=16)
+    model = copy.deepcopy(either)
+    scorer = scorer_of(way, either)
     fits = Batch.collate([Group([Sequence(tokens(17, 0), after_first(17))], {})])
     torch.testing.assert_close(
-        score(model, fits).logps,
+        scorer.score(either, fits).logps,
         model(input_ids=fits.tokens[None, :-1]).logits[0].log_softmax(-1).gather(1, fits.tokens[1:, None])[:, 0],
     )
     with pytest.raises(IndexError):
-        score(model, Batch.collate([Group([Sequence(tokens(18, 0), after_first(18))], {})]))
+        scorer.score(either, Batch.collate([Group([Sequence(tokens(18, 0), after_first(18))], {})]))
 
 
-def test_sequences_too_short_to_predict_anything_score_nothing(either):
-    scores = score(either, Batch.collate([Group([Sequence([5], [False])], {})]), ALSO)
+def test_sequences_too_short_to_predict_anything_score_nothing(scorer, either):
+    scores = scorer.score(either, Batch.collate([Group([Sequence([5], [False])], {})]), ALSO)
     assert scores.logps.shape == scores.entropy.shape == (0,)
     assert scores.sum().tolist() == scores.mean().tolist() == [0.0]
     scores.logps.sum().backward()  # a rank with such a row alone still takes part in the backward pass
     assert all(p.grad is not None and not p.grad.any() for p in either.parameters())
 
 
-def test_map_logits_has_the_gradient_of_score(either, batch):
+def test_map_logits_has_the_gradient_of_score(scorer, either, batch):
     def pick(logits, targets, weight):
         return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0] * weight
 
     weight = torch.linspace(0.5, 2, len(batch.target_tokens))
     gradients = []
-    for values in (map_logits(either, batch, pick, [batch.target_tokens, weight]), score(either, batch).logps * weight):
+    mapped = scorer.map_logits(either, batch, pick, [batch.target_tokens, weight])
+    for values in (mapped, scorer.score(either, batch).logps * weight):
         either.zero_grad()
         values.sum().backward()
         gradients.append([p.grad.clone() for p in either.parameters()])
-    for mapped, scored in zip(*gradients, strict=True):
-        torch.testing.assert_close(mapped, scored, rtol=0, atol=2e-6 * float(scored.abs().max()))
+    for found, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6 * float(wanted.abs().max()))
 
 
-def test_map_logits_may_return_more_than_one_number_a_target(model, batch):
-    found = map_logits(model, batch, lambda logits: logits.topk(3).values)
-    torch.testing.assert_close(found.double(), naive_logits(model, batch).topk(3).values, rtol=0, atol=1e-5)
+def test_map_logits_may_return_more_than_one_number_a_target(scorer, either, plain, batch):
+    found = scorer.map_logits(either, batch, lambda logits: logits.topk(3).values)
+    torch.testing.assert_close(found.double(), naive_logits(plain, batch).topk(3).values, rtol=0, atol=1e-5)
 
 
-def test_what_map_logits_is_given_must_answer_for_each_target(model, batch):
+def test_what_map_logits_is_given_must_answer_for_each_target(scorer, either, batch):
     with pytest.raises(ValueError, match=r"shape \(\) for \d+ targets"):
-        map_logits(model, batch, lambda logits: logits.sum())
+        scorer.map_logits(either, batch, lambda logits: logits.sum())
 
 
-def test_an_unknown_name_beside_the_log_probs_is_refused(model, batch):
+def test_a_copy_of_a_model_is_a_model_of_its_own(scorer, either, batch):
+    """A reference, or an average of weights, is often made like this."""
+    with torch.no_grad():
+        before = scorer.score(either, batch).logps
+        other = copy.deepcopy(either)
+        for parameter in either.parameters():
+            parameter.mul_(1.5)
+        assert not torch.allclose(scorer.score(either, batch).logps, before, atol=1e-3)
+        torch.testing.assert_close(scorer.score(other, batch).logps, before)
+        ids = batch.tokens[None, :9]
+        assert not torch.equal(other(input_ids=ids).logits, either(input_ids=ids).logits)
+
+
+def test_an_unknown_name_beside_the_log_probs_is_refused(scorer, either, batch):
     with pytest.raises(ValueError, match="not 'entropi'"):
-        score(model, batch, ["entropi"])
+        scorer.score(either, batch, ["entropi"])

@@ -40,9 +40,14 @@ class Scorer:
         `fn` sees float32 logits of some targets at a time, with the same rows of each column, and gives (rows, ...).
         ValueError where it gives something else.
         """
-        result: Tensor = self._way.map_logits(root, batch, fn, columns)
-        if result.shape[:1] != batch.target_tokens.shape:
-            raise ValueError(f"map_logits: fn gave shape {tuple(result.shape)} for {len(batch.target_tokens)} targets")
+
+        def checked(logits: Tensor, *parts: Tensor) -> Tensor:
+            answer = fn(logits, *parts)
+            if answer.shape[:1] != logits.shape[:1]:
+                raise ValueError(f"map_logits: fn gave shape {tuple(answer.shape)} for {len(logits)} targets")
+            return answer
+
+        result: Tensor = self._way.map_logits(root, batch, checked, columns)
         return result
 
     @property

@@ -29,12 +29,15 @@ class Layout:
 
     @classmethod
     def of(cls, batch: Batch) -> Layout:
-        """Pack a batch. A sequence's last token predicts nothing, so it is not fed; all of a prefix is."""
+        """Pack a batch. A sequence's last token predicts nothing, so it is not fed; all of a prefix is.
+
+        A single token that stands alone is, since models take no row without any.
+        """
         device = batch.tokens.device
         is_sequence = batch.is_sequence
-        fed = batch.segment_lengths - is_sequence.long()
-        starts = fed.cumsum(0) - fed
         prefix = batch.segment_prefix
+        fed = torch.maximum(batch.segment_lengths - is_sequence.long(), (prefix == -1).long())
+        starts = fed.cumsum(0) - fed
         continues = prefix >= 0
         behind = torch.where(continues, batch.segment_lengths[prefix.clamp(min=0)], 0)
 

@@ -87,23 +87,31 @@ def patch(root: nn.Module) -> None:
         raise CannotPack(f"its head is a {type(head).__name__}, not a plain linear layer")
     shape = head_shape(causal.config)
     _select(causal)
-    plain_head, plain = head.forward, causal.forward
+    plain_head, plain = _function(head), _function(causal)
 
+    # Nothing here may hold on to these modules: a copy of the model has its own.
     def forward_head(self: nn.Linear, hidden: Tensor, task: Task | None = None) -> Any:
         if task is None:
-            return plain_head(hidden)
+            return plain_head(self, hidden)
         return task.of(hidden, self, shape)
 
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         task: Task | None = kwargs.pop(TASK, None)
         if task is None:
-            return plain(*args, **kwargs)
+            return plain(self, *args, **kwargs)
         hidden = _trunk(self, task.layout)
         # The head is called as a module, so that FSDP gathers its weight.
-        return head(hidden[0].index_select(0, task.layout.predictors), task=task)
+        return self.get_output_embeddings()(hidden[0].index_select(0, task.layout.predictors), task=task)
 
     head.__dict__["forward"] = MethodType(forward_head, head)
     causal.forward = MethodType(forward, causal)
+
+
+def _function(module: nn.Module) -> Callable[..., Any]:
+    """Return a module's forward as a function of the module. CannotPack where it has been replaced by no method."""
+    if not isinstance(module.forward, MethodType):
+        raise CannotPack(f"the forward of its {type(module).__name__} has been replaced")
+    return module.forward.__func__
 
 
 def causal_model(root: nn.Module) -> Any:
