@@ -221,12 +221,12 @@ class Run:
 
     def score_window(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
         """Score a whole window without gradient, in micro-batches, in eval mode. All ranks must call it together."""
-        train = self.config.train
+        train, wanted = self.config.train, frozenset(also)
         cut = cut_window(batch, self.backend, rows=train.per_device_train_batch_size, tokens=train.micro_batch_tokens)
         scored_model = self.model if model is None else self.frozen[model]
         with torch.no_grad(), eval_mode(scored_model):
-            scored = [(self.score(part.batch, model=model, also=also), part.counts) for part in cut.parts]
-        return Scores.join([scores for scores, counts in scored if counts], batch.to(self.device))
+            scored = [(self.score(part.batch, model=model, also=wanted), part.counts) for part in cut.parts]
+        return Scores.join([scores for scores, counts in scored if counts], batch.to(self.device), wanted)
 
     def map_logits(self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = ()) -> Tensor:
         """Apply `fn(logits, *columns)` to the logits at target positions, with the exact gradient."""

@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from llmtk import Batch, Group, Sequence
+from llmtk import Batch, Group, Models, Round, Sequence
 from llmtk.scoring import Scorer, choose
 
-from .kit import GPT2
+from .kit import GPT2, Lm, group_of, make
 
 ALSO = ("entropy", "vocab_mean", "top1")
 
@@ -211,3 +211,66 @@ def test_a_copy_of_a_model_is_a_model_of_its_own(scorer, either, batch):
 def test_an_unknown_name_beside_the_log_probs_is_refused(scorer, either, batch):
     with pytest.raises(ValueError, match="not 'entropi'"):
         scorer.score(either, batch, ["entropi"])
+
+
+# Windows, through a run
+
+
+class InWindows(Lm):
+    """Scores its windows beforehand, as stages with a reference do; its evaluation checks them."""
+
+    dropout = True
+
+    def build_models(self, run):
+        models = super().build_models(run)
+        return Models(models.root, {"reference": copy.deepcopy(models.root)})
+
+    def prepare_batch(self, run, rows):
+        window = Round.of([group_of(row) for row in rows]).windows[0]
+        assert run.model.training == self.trains
+        before = torch.get_rng_state()
+        self.found = [run.score_window(window, model=model, also=["entropy"]) for model in (None, "reference")]
+        assert torch.equal(torch.get_rng_state(), before)
+        assert run.model.training == self.trains
+        self.window = window
+        return Round([window])
+
+    trains = True
+
+
+@pytest.mark.parametrize("cut", [{"per_device_train_batch_size": 1}, {"micro_batch_tokens": 25}])
+def test_a_window_is_scored_without_dropout_or_gradient_in_micro_batches(tmp_path, cut):
+    stage = InWindows()
+    model = {"from_config": GPT2 | {"resid_pdrop": 0.5}, "tokenizer": {"kind": "byte"}}
+    settings = {"gradient_accumulation_steps": 4, "max_steps": 2, "per_device_train_batch_size": 2} | cut
+    run = make(tmp_path / "run", stage, model=model, **settings)
+    run._set_up()
+    start = copy.deepcopy(run.model).eval()
+    stage.prepare_batch(run, run.next_rows())
+    for found in stage.found:
+        assert not found.logps.requires_grad
+        with torch.no_grad():
+            whole = Scorer(packed=False).score(start, stage.window, ["entropy"])
+        torch.testing.assert_close(found.logps, whole.logps, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.entropy, whole.entropy, rtol=0, atol=1e-5)
+        assert torch.equal(found.sum(), stage.window.sum_by_sequence(found.logps))
+
+    for _ in range(2):  # the policy learns, the reference stays what the policy was
+        run.backend.optimizer.zero_grad()
+        (-run.score(stage.window).logps.mean()).backward()
+        run.optimizer.step()
+    stage.prepare_batch(run, run.next_rows())
+    with torch.no_grad():
+        whole = Scorer(packed=False).score(start, stage.window)
+    torch.testing.assert_close(stage.found[1].logps, whole.logps, rtol=0, atol=1e-5)
+    assert not torch.allclose(stage.found[0].logps, whole.logps, atol=1e-3)
+
+
+def test_a_window_without_rows_has_scores_without_values(tmp_path):
+    stage = InWindows()
+    run = make(tmp_path / "run", stage)
+    run._set_up()
+    stage.prepare_batch(run, [])
+    for found in stage.found:
+        assert found.logps.shape == found.entropy.shape == (0,)
+        assert found.vocab_mean is None

@@ -48,14 +48,12 @@ class Scores:
         return self.sum() / self.batch.target_counts.clamp(min=1)
 
     @staticmethod
-    def join(parts: Sequence[Scores], batch: Batch) -> Scores:
-        """Put the scores of consecutive micro-batches together as those of the whole batch."""
+    def join(parts: Sequence[Scores], batch: Batch, also: Iterable[str] = ()) -> Scores:
+        """Put the scores of consecutive micro-batches, perhaps none, together as those of the whole batch."""
 
-        def joined(name: str) -> Tensor | None:
-            values = [getattr(part, name) for part in parts]
-            return torch.cat(values) if values and all(value is not None for value in values) else None
+        def joined(name: str) -> Tensor:
+            dtype = torch.bool if name == "top1" else torch.float32
+            empty = torch.zeros(0, dtype=dtype, device=batch.tokens.device)
+            return torch.cat([getattr(part, name) for part in parts]) if parts else empty
 
-        logps = joined("logps")
-        if logps is None:
-            logps = torch.zeros(0, device=batch.tokens.device)
-        return Scores(batch, logps, *(joined(name) for name in ALSO))
+        return Scores(batch, joined("logps"), **{name: joined(name) for name in also})
