@@ -6,7 +6,8 @@ It reads a task as a line of JSON from stdin, {"log": FILE, "run": {...} or "wor
 "pause_at": STEP or null}, answers `process` with the child's id and, when the child is gone, `status` with what
 `waitpid` gave. The child makes `llmtk.Run(**run)` and trains, or runs the command `llmtk WORDS`. With `die_at` it
 kills itself, as `kill -9` does, right before its N-th operation on a file below the run's folder: an opening, making,
-renaming, cutting or removing. Its log ends with their number.
+renaming, cutting or removing; of an opening to write, half of the times when the file is already emptied. Its log ends
+with their number.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ class Operations:
             return
         self.count += 1
         if self.count == self.die_at:
+            if event == "open" and self.count % 2 and str(arguments[1]).startswith("w"):
+                os.truncate(arguments[0], 0) if os.path.exists(arguments[0]) else None
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -205,7 +205,7 @@ class RunFolder:
         from llmtk.host.manager import plugin_versions
         from llmtk.training.snapshot import environment
 
-        (self.path / CONFIG).write_text(to_yaml(_settings(run)))
+        _replace(self.path / CONFIG, to_yaml(_settings(run)))
         facts = {
             "stage": run.stage_name,
             "demo": run.demo is not None,
@@ -268,4 +268,14 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    _replace(file, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file so that whoever dies meanwhile leaves the old one or the new one, and nothing between."""
+    aside = file.with_name(f".{file.name}.new")
+    with aside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(file)

@@ -74,12 +74,17 @@ def newest_sound(folder: Path, say: Callable[[str], None]) -> Path | None:
 def begin(folder: Path, step: int) -> Path:
     """Make the empty folder in which a checkpoint is written aside; leftovers of a killed write go."""
     folder.mkdir(parents=True, exist_ok=True)
-    _recover(folder)
-    for leftover in folder.glob(".writing-*"):
-        shutil.rmtree(leftover)
+    sweep(folder)
     aside = folder / f".writing-{step:06d}"
     aside.mkdir()
     return aside
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed write or removal left."""
+    _recover(folder)
+    for leftover in folder.glob(".writing-*"):
+        shutil.rmtree(leftover)
 
 
 def commit(aside: Path, path: Path) -> None:

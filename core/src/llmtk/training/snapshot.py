@@ -36,7 +36,7 @@ def save(run: Run) -> Path:
     with _together(run, f"finishing {path}"):
         if backend.is_main:
             checkpoints.commit(aside, path)
-            checkpoints.prune(run.checkpoints, run.config.train.save_total_limit, _protected(run))
+            _prune(run)
     return path
 
 
@@ -63,8 +63,9 @@ def restore(run: Run, path: Path) -> None:
         {name: {**state, **plugin_tensors.get(name, {})} for name, state in rest["plugins"].items()}
     )
     run.records.cut(saved["records"])
-    if run.backend.is_main and (later := checkpoints.remove_later(run.checkpoints, run.state.step)):
-        run.notify(f"Going on from step {run.state.step}: later checkpoints are removed ({len(later)})")
+    with _together(run, f"removing what came after {path}"):
+        if run.backend.is_main:
+            _tidy(run)
     run.randomness.restore(
         {k.removeprefix("random/"): v for k, v in tensors.items() if k.startswith("random/")}, rest["random"]
     )
@@ -114,6 +115,18 @@ def _write_rank(run: Run, folder: Path) -> None:
         tensors |= round_tensors
     rest = {"random": random_rest, "plugins": plugins, "round": round_rest}
     checkpoints.save_rank(folder, run.rank, tensors, rest)
+
+
+def _tidy(run: Run) -> None:
+    """Bring the folder to what it was when the checkpoint was complete; the process may have died while removing."""
+    if later := checkpoints.remove_later(run.checkpoints, run.state.step):
+        run.notify(f"Going on from step {run.state.step}: later checkpoints are removed ({len(later)})")
+    checkpoints.sweep(run.checkpoints)
+    _prune(run)
+
+
+def _prune(run: Run) -> None:
+    checkpoints.prune(run.checkpoints, run.config.train.save_total_limit, _protected(run))
 
 
 def _protected(run: Run) -> set[Path]:
