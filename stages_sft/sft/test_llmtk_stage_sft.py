@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ DIALOGUE = [
     {"role": "assistant", "content": "Two."},
 ]
 REAL = Path(__file__).parents[3] / "shared" / "data" / "alpaca_en_demo.json"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small matrices on a busy machine: threads wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make(folder: Path, rows: Any, options: dict[str, Any] | None = None, *, data: Any = None, **train: Any) -> Run:
