@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
+from numpy.typing import NDArray
+
 from llmtk import Batch, Demo, Group, LossOutput, Mean, Round, RunView, Sequence, Stage, Term
 from llmtk.contract import Dataset, Row
 from llmtk.data import Row as DataRow
 from llmtk.demo import addition
-from numpy.typing import NDArray
 
 
 class Blocks:
