@@ -164,7 +164,7 @@ def test_the_update_is_the_same_however_the_batch_is_cut(tmp_path: Path) -> None
 
 
 def test_it_learns_and_goes_on_from_what_it_wrote(tmp_path: Path) -> None:
-    run = make(tmp_path / "run", TEXTS, max_steps=80, learning_rate=1e-2)
+    run = make(tmp_path / "run", TEXTS, max_steps=80, learning_rate=1e-2, eval_strategy="steps", eval_steps=80)
     before = run.evaluate()["loss"]
     after = run.train().metrics["eval_loss"]
     assert after < before / 2
@@ -182,7 +182,7 @@ def test_it_learns_and_goes_on_from_what_it_wrote(tmp_path: Path) -> None:
 
 def test_the_demo_improves(tmp_path: Path) -> None:
     train = {"max_steps": 12, "per_device_train_batch_size": 8}
-    data = {"train": addition.texts("train", 400), "eval": addition.texts("held-out", 40), "max_length": 128}
+    data = {"train": addition.texts("train", 200), "eval": addition.texts("held-out", 8), "max_length": 64}
     run = Run(
         "pt",
         model="builtin",

@@ -208,7 +208,8 @@ def test_the_update_is_the_same_however_the_batch_is_cut(tmp_path: Path) -> None
 @pytest.mark.parametrize("loss", ["nll", "dft"])
 def test_it_learns_and_the_exported_model_loads(tmp_path: Path, loss: str) -> None:
     rows = [{"prompt": f"{i}:", "completion": str(i) * 3} for i in range(8)]
-    run = make(tmp_path / "run", rows, {"loss": loss}, max_steps=120, learning_rate=1e-2, warmup_steps=5)
+    train = {"max_steps": 120, "learning_rate": 1e-2, "warmup_steps": 5, "eval_strategy": "steps", "eval_steps": 120}
+    run = make(tmp_path / "run", rows, {"loss": loss}, **train)
     before = run.evaluate()["token_accuracy"]
     result = run.train()
     assert before < 0.3

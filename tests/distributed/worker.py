@@ -35,7 +35,7 @@ TINY = {
 }
 POISON = "!"
 """A row with this character in its prompt spoils the loss or the gradient."""
-LIMIT = 150
+LIMIT = 300
 """Seconds after which a process shows where it hangs, and dies."""
 
 Answer = dict[str, Any]
