@@ -84,7 +84,8 @@ def patch(root: nn.Module) -> None:
     causal = causal_model(root)
     head = causal.get_output_embeddings()
     if type(head) is not nn.Linear:
-        raise CannotPack(f"its head is a {type(head).__name__}, not a plain linear layer")
+        kind = f"{type(head).__module__.partition('.')[0]}'s {type(head).__name__}"
+        raise CannotPack(f"its head is {kind}, not a plain linear layer")
     shape = head_shape(causal.config)
     _select(causal)
     plain_head, plain = _function(head), _function(causal)
@@ -126,7 +127,7 @@ def causal_model(root: nn.Module) -> Any:
         and module.base_model is not module
     ]
     if len(found) != 1:
-        raise CannotPack(f"it holds {len(found)} causal language models")
+        raise CannotPack(f"it holds {len(found)} causal language models whose body and head can be told apart")
     return found[0]
 
 
