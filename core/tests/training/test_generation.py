@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmtk import Batch, Group, Sampling, Sequence
-from llmtk.generation import generate
+from llmtk.generation import _choose, generate
 from llmtk.scoring.padded import score
 
 PROMPTS = [[40, 50, 60], [70], [80, 81, 82, 83, 84, 85, 86], [90, 91], [70, 71, 72, 73]]
@@ -107,6 +107,15 @@ def test_draws_follow_the_distribution(settings, wanted):
     assert chi_square(counts, wanted) < 25.7  # 5 degrees of freedom: one in 10,000 seeds is beyond
     for token, logp in drawn:
         assert logp == pytest.approx(math.log(wanted[token]), abs=1e-5)
+
+
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 2), (0.5 - 1e-12, 2), (0.5, 4), (1 - 2**-53, 4)])
+def test_a_draw_at_the_very_edge_never_takes_an_impossible_token(uniform, token):
+    """Of two tokens with a half each; those before, between and behind them are impossible."""
+    logits = torch.tensor([[-torch.inf, -torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    drawn, logp = _choose(logits, torch.tensor([uniform], dtype=torch.float64), Sampling())
+    assert drawn.tolist() == [token]
+    assert logp.item() == pytest.approx(-math.log(2))
 
 
 def test_draws_at_consecutive_positions_and_of_copies_are_independent():
