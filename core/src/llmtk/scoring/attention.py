@@ -107,7 +107,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, s
     queries, keys = q.shape[1], k.shape[1]
     windowed = window is not None and keys > window
     if keys >= LONG and not softcap:
-        mask = None if queries == keys and not windowed else ~_hidden(queries, keys, window, q.device)
+        mask = None if queries == keys and not windowed else _bias(queries, keys, window, q.device).to(q.dtype)
         attended: Tensor = F.scaled_dot_product_attention(
             q[None],
             k[None],
@@ -119,55 +119,55 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, s
         )
         return attended[0]
     written: Any = _Written.apply
-    hidden = _hidden(queries, keys, window if windowed else None, q.device)
-    return written(q, k, v, hidden, scale, softcap)  # type: ignore[no-any-return]
+    bias = _bias(queries, keys, window if windowed else None, q.device)
+    return written(q, k, v, bias, scale, softcap)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=256)
-def _hidden(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Return (queries, keys) bool: which keys a query must not see. The queries are the last of the keys."""
+def _bias(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Return (queries, keys): 0, or minus infinity for keys a query must not see. The queries are the last keys."""
     at = torch.arange(keys - queries, keys, device=device)[:, None]
     key = torch.arange(keys, device=device)[None]
-    return (key > at) if window is None else (key > at) | (key <= at - window)
+    unseen = (key > at) if window is None else (key > at) | (key <= at - window)
+    return torch.zeros(queries, keys, device=device).masked_fill_(unseen, -torch.inf)
 
 
 class _Written(torch.autograd.Function):
     """Attention written out, for short segments: probabilities are computed again in the backward pass, not kept."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float, softcap: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, softcap: float) -> Tensor:
         # Query heads that share a key head stand below each other: one product for all of them.
         grouped = q.reshape(k.shape[0], -1, q.shape[-1])
-        scores = _scores(grouped, k, hidden, scale, softcap)
-        lse = scores.logsumexp(-1, keepdim=True)
-        output = scores.sub_(lse).exp_().to(v.dtype) @ v
-        ctx.save_for_backward(grouped, k, v, hidden, lse, output)
+        probabilities, _ = _probabilities(grouped, k, bias, scale, softcap)
+        output = probabilities.to(v.dtype) @ v
+        ctx.save_for_backward(grouped, k, v, bias, output)
         ctx.scale, ctx.softcap, ctx.heads = scale, softcap, q.shape[0]
         return output.view(*q.shape[:2], v.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        q, k, v, hidden, lse, output = ctx.saved_tensors
+        q, k, v, bias, output = ctx.saved_tensors
         d_output = gradients[0].reshape(output.shape)
-        scores = _scores(q, k, hidden, ctx.scale, ctx.softcap)
-        probabilities = (scores - lse).exp_() if ctx.softcap else scores.sub_(lse).exp_()
+        probabilities, capped = _probabilities(q, k, bias, ctx.scale, ctx.softcap)
         d_v = probabilities.to(v.dtype).transpose(1, 2) @ d_output
         d_scores = (d_output @ v.transpose(1, 2)).float()
         d_scores -= (d_output.float() * output.float()).sum(-1, keepdim=True)
         d_scores *= probabilities
-        if ctx.softcap:
-            capped = torch.where(torch.isinf(scores), torch.zeros_like(scores), scores)
+        if capped is not None:
             d_scores *= 1 - (capped / ctx.softcap).square_()
         product = d_scores.mul_(ctx.scale).to(q.dtype)
         d_q = (product @ k).view(ctx.heads, -1, q.shape[-1])
         return d_q, product.transpose(1, 2) @ q, d_v, None, None, None
 
 
-def _scores(q: Tensor, k: Tensor, hidden: Tensor, scale: float, softcap: float) -> Tensor:
-    """Return (key heads, group x queries, keys) in float32, minus infinity where a query must not look."""
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """Return attention weights (key heads, group x queries, keys) in float32, and the capped scores if there is a cap.
+
+    By torch's own softmax: on a CPU an exponential of minus infinity by itself is many times slower.
+    """
     scores = (q @ k.transpose(1, 2)).float().mul_(scale)
-    if softcap:
-        scores = torch.tanh_(scores.div_(softcap)).mul_(softcap)
-    queries, keys = hidden.shape
-    scores.view(k.shape[0], -1, queries, keys).masked_fill_(hidden, -torch.inf)
-    return scores
+    capped = torch.tanh_(scores.div_(softcap)).mul_(softcap) if softcap else None
+    grouped = (scores if capped is None else capped).view(k.shape[0], -1, *bias.shape)
+    hidden = grouped.add_(bias) if capped is None else grouped + bias
+    return hidden.view(scores.shape).softmax(-1), capped
