@@ -27,7 +27,7 @@ def test_python_blocks_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert short != blocks[0]
     exec(short, {})
     assert (tmp_path / "runs/first/model.safetensors").exists()
-    own = uses[0].replace(').train()', ', train={"max_steps": 2}, output_dir="own").train()')
+    own = uses[0].replace(").train()", ', train={"max_steps": 2}, output_dir="own").train()')
     names: dict[str, object] = {}
     exec(f"import llmtk\n{blocks[1]}\nresult = {own}", names)
     assert names["result"].steps == 2  # type: ignore[attr-defined]

@@ -91,11 +91,11 @@ class Pretraining(Stage):
         return Group([sequence], {"tokens": len(targets) - 1}, place=row["place"])
 
     def demo(self) -> Demo:
-        train = {"max_steps": 100, "per_device_train_batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 10}
+        train = {"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 10}
         return Demo(
-            train=addition.texts("train", 4000),
-            eval=addition.texts("held-out", 400),
-            config={"data": {"max_length": 128}, "train": {**train, "logging_steps": 20, "bf16": False}},
+            train=addition.texts("train", 1000),
+            eval=addition.texts("held-out", 100),
+            config={"data": {"max_length": 128}, "train": {**train, "logging_steps": 10, "bf16": False}},
             figure="loss",
             measure=lambda run: run.evaluate()["loss"],
             higher_is_better=False,

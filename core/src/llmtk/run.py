@@ -261,6 +261,7 @@ class Run:
 
     def draw(self, rows: int) -> list[Row]:
         """Take this rank's share of `rows` more rows of the training data. All ranks must call it together."""
+        assert self.model.training, "run.draw takes training rows: an evaluation must leave them where they are"
         return self._share(self.order.take(rows, cross=True))
 
     def sum_over_ranks(self, values: Mapping[str, float]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from llmtk.config.sections import DataConfig
 from llmtk.data import Dialogue, EncodingReport, PromptCompletion, Row, encode
 from llmtk.errors import ConfigurationError, DatasetError

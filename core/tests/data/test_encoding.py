@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from llmtk.config.sections import DataConfig
 from llmtk.data import Dialogue, PromptCompletion, Text, encode, read_rows
 from llmtk.errors import ConfigurationError, DatasetError

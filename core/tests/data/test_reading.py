@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from llmtk.config.sections import DataConfig
 from llmtk.data import Dialogue, PromptCompletion, Splits, Text, read_rows, read_splits
 from llmtk.data.rows import RowError, convert

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from llmtk._version import SOURCE_VERSION
 from llmtk.errors import PluginError
 from llmtk.host import discovery

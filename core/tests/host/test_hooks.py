@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from llmtk.batch import Batch, LossOutput, Mean, Round, Term
 from llmtk.contract import Data, Models, Stage
 from llmtk.errors import PluginError

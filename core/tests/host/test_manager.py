@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from llmtk.batch import Batch, LossOutput, Round
 from llmtk.config.sections import Section
 from llmtk.contract import Models, Stage

@@ -40,7 +40,9 @@ def build_models(view: RunView) -> Models:
         seed=config.train.seed,
     )
     if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 has another name for it, and warns of the one that 5.17 knows.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return Models(model if config.peft is None else add_adapter(model, config.peft, config.train.seed))
 
 

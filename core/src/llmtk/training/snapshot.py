@@ -56,8 +56,6 @@ def restore(run: Run, path: Path) -> None:
     tensors, rest = checkpoints.load_rank(path, run.rank)
     if rest["round"] is not None:
         run.state.round = round_from_state(tensors, rest["round"])
-    for name, model_tensors in _by_prefix(tensors, "frozen/").items():
-        run.frozen[name].load_state_dict(model_tensors)
     plugin_tensors = _by_prefix(tensors, "plugin/")
     run.hooks.restore_checkpoint_state(
         {name: {**state, **plugin_tensors.get(name, {})} for name, state in rest["plugins"].items()}
