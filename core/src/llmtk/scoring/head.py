@@ -61,16 +61,18 @@ class _FusedHead(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any) -> Any:
         shape, also = rest
         rows, vocabulary = len(hidden), len(weight)
-        lse = hidden.new_full((rows,), -torch.inf, dtype=torch.float32)
-        # sum_v p_v z_v, kept relative to lse so far; sum_v z_v; the largest logit, and which it is.
-        expected, total = torch.zeros_like(lse), torch.zeros_like(lse)
+        lse = hidden.new_full((rows,), torch.finfo(torch.float32).min, dtype=torch.float32)
+        # sum_v p_v log p_v of what was seen so far (lse minus sum_v p_v z_v would cancel); sum_v z_v; the largest
+        # logit, and which it is.
+        negentropy, total = torch.zeros_like(lse), torch.zeros_like(lse)
         largest, likeliest = torch.full_like(lse, -torch.inf), torch.zeros_like(targets)
         chosen = torch.zeros_like(lse)
         for start, stop in _tiles(rows, vocabulary):
             logits = _logits(hidden, weight, bias, start, stop, shape)
             new_lse = torch.logaddexp(lse, logits.logsumexp(-1))
             if "entropy" in also:
-                expected = expected * (lse - new_lse).exp() + ((logits - new_lse[:, None]).exp() * logits).sum(-1)
+                shift, log_probability = lse - new_lse, logits - new_lse[:, None]
+                negentropy = shift.exp() * (negentropy + shift) + (log_probability.exp() * log_probability).sum(-1)
             if "vocab_mean" in also:
                 total += logits.sum(-1)
             if "top1" in also:
@@ -81,7 +83,7 @@ class _FusedHead(torch.autograd.Function):
             picked = logits.gather(-1, (targets - start).clamp(0, stop - start - 1)[:, None]).squeeze(-1)
             chosen = torch.where(here, picked, chosen)
             lse = new_lse
-        entropy = lse - expected
+        entropy = -negentropy
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.shape, ctx.also = shape, also
         top1 = likeliest == targets

@@ -7,6 +7,7 @@ is patched to know one more keyword, and its head to score where it is asked to.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import wraps
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,7 @@ def patch(root: nn.Module) -> None:
             return plain_head(self, hidden)
         return task.of(hidden, self, shape)
 
+    @wraps(plain)  # generation looks at the signature, and gives no positions to a forward that does not name them
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         task: Task | None = kwargs.pop(TASK, None)
         if task is None:
