@@ -23,10 +23,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from scoring.kit import adapted, build, distances, gradients, measure, shared, weigh  # noqa: E402
-
-from llmtk.scoring import packed, padded  # noqa: E402
-from llmtk.scoring.proof import why_not_packed  # noqa: E402
+from llmtk.scoring import packed, padded
+from llmtk.scoring.proof import why_not_packed
+from scoring.kit import adapted, build, distances, gradients, measure, shared, weigh
 
 HALVES = ([0, 3], [1, 2, 4])
 """Unequal ones."""

@@ -296,3 +296,16 @@ def test_a_run_trains_the_same_both_ways(tmp_path, monkeypatch, settings):
 def test_the_window_of_these_models_is_shorter_than_the_sequences():
     assert min(int(batch().segment_lengths.max()) for batch in BATCHES) > 2 * PACKED["mistral"]["sliding_window"]
     assert TINY["num_attention_heads"] > TINY["num_key_value_heads"]
+
+
+def test_training_follows_scoring_in_inference_mode():
+    """What is kept from call to call must not be made of inference tensors, which no backward pass may use."""
+    root = prove(build("mistral", max_position_embeddings=256))
+    batch = Batch.collate([Source(9).group(61), Source(10).group((33, 0), prefixes=(29,))])
+    for long in (768, 16):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "LONG", long)
+            with torch.inference_mode():
+                before = packed.score(root, batch).logps
+            found = measure(packed, root, batch)
+            assert_near({"logps": before.clone()}, {"logps": found["logps"]})

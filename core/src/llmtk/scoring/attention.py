@@ -107,7 +107,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, s
     queries, keys = q.shape[1], k.shape[1]
     windowed = window is not None and keys > window
     if keys >= LONG and not softcap:
-        mask = None if queries == keys and not windowed else _bias(queries, keys, window, q.device).to(q.dtype)
+        # Not from the cache, which 256 masks of this size would make larger than the model.
+        plain = queries == keys and not windowed
+        mask = None if plain else _bias.__wrapped__(queries, keys, window, q.device).to(q.dtype)
         attended: Tensor = F.scaled_dot_product_attention(
             q[None],
             k[None],
@@ -126,10 +128,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, s
 @lru_cache(maxsize=256)
 def _bias(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """Return (queries, keys): 0, or minus infinity for keys a query must not see. The queries are the last keys."""
-    at = torch.arange(keys - queries, keys, device=device)[:, None]
-    key = torch.arange(keys, device=device)[None]
-    unseen = (key > at) if window is None else (key > at) | (key <= at - window)
-    return torch.zeros(queries, keys, device=device).masked_fill_(unseen, -torch.inf)
+    with torch.inference_mode(False):  # a later backward pass may use it
+        at = torch.arange(keys - queries, keys, device=device)[:, None]
+        key = torch.arange(keys, device=device)[None]
+        unseen = (key > at) if window is None else (key > at) | (key <= at - window)
+        return torch.zeros(queries, keys, device=device).masked_fill_(unseen, -torch.inf)
 
 
 class _Written(torch.autograd.Function):
