@@ -106,7 +106,7 @@ def real(kind):
 )
 def test_configurations_of_real_size_have_a_twin_that_is_packed(kind):
     twin = proof._twin(real(kind))
-    proof._prove(twin, twin, [p for p in twin.parameters() if p.requires_grad], what="the twin")
+    proof._prove(twin, twin, [p for p in twin.parameters() if p.requires_grad], {}, what="the twin")
     assert sum(p.numel() for p in twin.parameters()) < 1e7
 
 
@@ -116,7 +116,7 @@ def test_sparse_attention_shows_on_the_twin(kind):
     twin = proof._twin(real(kind))
     before = state(twin)
     with pytest.raises(packed.CannotPack, match="log-probs of the twin are off"):
-        proof._prove(twin, twin, [], what="the twin")
+        proof._prove(twin, twin, [], {}, what="the twin")
     assert state(twin) == before
 
 
@@ -333,7 +333,7 @@ def test_gradients_that_are_nothing_but_rounding_refuse_nothing():
     """A key's bias without rotation: its gradient is 0, and each way rounds to another 1e-9."""
     root = build("opt")
     watched = [parameter for name, parameter in root.named_parameters() if "k_proj.bias" in name or "fc1" in name]
-    proof._prove(root, root, watched, what="it")
+    proof._prove(root, root, watched, {}, what="it")
 
 
 def test_latent_attention_has_a_twin():
@@ -359,3 +359,12 @@ def test_the_proof_of_the_built_in_model_is_quick(tmp_path):
     seconds = time.perf_counter() - began
     print(f"the proof of the built-in model took {seconds:.3f} s")
     assert seconds < 5
+
+
+def test_what_was_measured_can_be_had():
+    measured = {}
+    assert why_not_packed(build("llama"), measured) is None
+    assert list(measured) == [
+        f"{what} of {of}" for of in ("a tiny twin of it", "the model") for what in ("log-probs", "gradients")
+    ]
+    assert all(0 < distance < 1e-5 for distance in measured.values())

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llmtk.host.discovery import Offer
 
 BUILT_IN = {
+    "doctor": "Check the installation, and how a model is scored.",
     "evaluate": "Evaluate a finished run's model.",
     "list-plugins": "List installed plugins, rewards, metrics, generators and commands.",
     "list-stages": "List installed training methods.",

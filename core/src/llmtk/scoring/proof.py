@@ -38,14 +38,18 @@ TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (2e-2, 1e-1), torch.fl
 """Greatest distance, relative to the plain forward's norm, of log-probs and of gradients, by the weights' dtype."""
 
 
-def why_not_packed(root: nn.Module) -> str | None:
-    """Patch the causal model in a root for packed scoring; return None, or why it stays as it was."""
+def why_not_packed(root: nn.Module, measured: dict[str, float] | None = None) -> str | None:
+    """Patch the causal model in a root for packed scoring; return None, or why it stays as it was.
+
+    `measured` takes the distances of log-probs and gradients, by what they are of.
+    """
+    measured = {} if measured is None else measured
     try:
         causal = packed.causal_model(root)
         _refuse_known(causal.config.get_text_config())
         twin = _twin(causal)
-        _prove(twin, twin, [p for p in twin.parameters() if p.requires_grad], what="a tiny twin of it")
-        _prove(root, causal, _watched(root), what="the model")
+        _prove(twin, twin, [p for p in twin.parameters() if p.requires_grad], measured, what="a tiny twin of it")
+        _prove(root, causal, _watched(root), measured, what="the model")
     except CannotPack as reason:
         return str(reason)
     except Exception as error:  # a model of a kind never seen must not end the run: it can be scored padded
@@ -160,7 +164,7 @@ def _state(root: nn.Module) -> list[tuple[Any, Any, str | None]]:
     ]
 
 
-def _prove(root: nn.Module, causal: Any, watched: list[nn.Parameter], *, what: str) -> None:
+def _prove(root: nn.Module, causal: Any, watched: list[nn.Parameter], measured: dict[str, float], *, what: str) -> None:
     """Patch a root, if both ways agree on random sequences, some behind a shared prefix. CannotPack if they do not."""
     batch = _probe(causal.config.get_text_config()).to(next(causal.parameters()).device)
     near, near_gradient = TOLERANCE.get(next(root.parameters()).dtype, TOLERANCE[torch.bfloat16])
@@ -172,12 +176,14 @@ def _prove(root: nn.Module, causal: Any, watched: list[nn.Parameter], *, what: s
             with _evaluating(root):
                 found = _score(packed.score, root, batch, watched)
                 plain = _score(padded.score, root, batch, [])
-            if not (distance := _distance(found[0], expected[0])) <= near:
+            distance = measured[f"log-probs of {what}"] = _distance(found[0], expected[0])
+            if not distance <= near:
                 raise CannotPack(f"packed log-probs of {what} are off by {distance:.1e}, more than {near:.0e}")
             # Some gradients are nothing but rounding, such as that of a key's bias, which softmax does not feel.
             floor = 1e-4 * max((float(gradient.norm()) for gradient in expected[1:]), default=0.0)
             distances = [_distance(a, b, floor) for a, b in zip(found[1:], expected[1:], strict=True)]
-            if not (distance := max(distances, default=0.0)) <= near_gradient:
+            distance = measured[f"gradients of {what}"] = max(distances, default=0.0)
+            if not distance <= near_gradient:
                 raise CannotPack(f"packed gradients of {what} are off by {distance:.1e}, more than {near_gradient:.0e}")
             if not (distance := _distance(plain[0], expected[0])) <= near:
                 raise CannotPack(f"beside packed attention, the plain forward of {what} is off by {distance:.1e}")
