@@ -19,7 +19,6 @@ from llmtk import scoring
 from llmtk.batch import Batch, Mean
 from llmtk.config.reading import merge
 from llmtk.config.run_config import RunConfig, resolve
-from llmtk.config.sections import ModelConfig
 from llmtk.contract import Dataset, Row, Stage
 from llmtk.errors import ConfigurationError, LlmtkError
 from llmtk.folder import RunFolder
@@ -105,7 +104,9 @@ class Run:
         self.records = Records(self.folder)
         self.state = TrainState()
         self.saved_step = -1
+        self.tokenizer: PreTrainedTokenizerBase
         self.exported: Path | None = None
+        self.opened: nn.Module | None = None
         self._signal: int | None = None
         self._said: set[str] = set()
         self._speed = Speed()
@@ -367,8 +368,10 @@ class Run:
             self._set_up()
             return
         if not hasattr(self, "backend"):
+            from llmtk.models import load
+
             self._start()
-            self._load_tokenizer(ModelConfig(name_or_path=str(self.exported)))
+            self.opened, self.tokenizer = load(self.exported)
             self._load_models()
             self.backend.place(self.model, self.frozen)
         if with_data and not hasattr(self, "eval_rows"):
@@ -390,7 +393,7 @@ class Run:
         self._start()
         self.splits = read_splits(self.config.data, self.stage.row_types, seed=self.data_seed)
         self._check_evaluation()
-        self._load_tokenizer(self.config.model)
+        self._load_tokenizer()
         for notice in self.splits.notices:
             self.notify(notice)
         data = self.hooks.build_data()
@@ -416,12 +419,12 @@ class Run:
         if len(set(self.gather(digest))) > 1:
             raise ConfigurationError("the ranks have other plugins, or other versions of them; install the same on all")
 
-    def _load_tokenizer(self, config: ModelConfig) -> None:
+    def _load_tokenizer(self) -> None:
         from llmtk.data import chat_template
         from llmtk.models.tokenizers import load_tokenizer
 
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
-            config, lambda: (text for row in self.splits.train for text in row.texts())
+        self.tokenizer = load_tokenizer(
+            self.config.model, lambda: (text for row in self.splits.train for text in row.texts())
         )
         if self.config.data.template is not None:
             # It goes along with the exported model, which is then asked as it was trained.

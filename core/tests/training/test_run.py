@@ -178,6 +178,18 @@ def test_a_finished_run_is_opened_to_evaluate_and_predict(tmp_path):
         run.predict("x", temprature=1)
 
 
+def test_a_finished_run_with_an_adapter_is_opened_on_its_base(tmp_path):
+    make(tmp_path / "base", "pt").train()
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    settings = {"rows": str(tmp_path / "rows.jsonl"), "eval": str(tmp_path / "rows.jsonl")}
+    model = {"name_or_path": str(tmp_path / "base")}
+    result = make(tmp_path / "run", "pt", model=model, sections={"peft": {"r": 4}}, logging_steps=1, **settings).train()
+
+    run = Run.open(tmp_path / "run")
+    assert run.evaluate()["loss"] == pytest.approx(result.metrics["eval_loss"], rel=1e-6)
+    assert Run.open(tmp_path / "base").evaluate(ROWS)["loss"] != pytest.approx(result.metrics["eval_loss"], rel=1e-6)
+
+
 def test_an_unfinished_run_is_not_opened(tmp_path):
     with pytest.raises(ConfigurationError, match="holds no run"):
         Run.open(tmp_path)

@@ -21,14 +21,13 @@ if TYPE_CHECKING:
 
 def build_models(view: RunView) -> Models:
     """Load or make the configuration's model, with an adapter if it asks for one."""
-    from llmtk.models import load
     from llmtk.models.adapters import add_adapter
     from llmtk.models.loading import load_model
 
     run = cast("Run", view)
     config = run.config
-    if run.exported is not None:
-        return Models(load(run.exported)[0])
+    if run.opened is not None:
+        return Models(run.opened)
     if config.peft is not None and config.model.from_config is not None:
         raise ConfigurationError("peft needs a trained model: model.from_config has random weights. Leave peft out")
     model: Any = load_model(
