@@ -162,7 +162,9 @@ class Hooks:
                 errors.append((impl.plugin_name, error))
         if errors:
             told = "; ".join(f"{plugin}: {type(error).__name__}: {error}" for plugin, error in errors)
-            raise PluginError(f"{hook} failed in {told}") from errors[0][1]
+            failure = PluginError(f"{hook} failed in {told}")
+            failure.exit_code = 1  # while running, not before
+            raise failure from errors[0][1]
 
 
 def _impls(manager: pluggy.PluginManager, hook: str) -> list[pluggy.HookImpl]:

@@ -33,6 +33,8 @@ def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
     folder.mkdir(parents=True, exist_ok=True)
     for config in getattr(model, "peft_config", {}).values():
         config.base_model_name_or_path = _absolute(config.base_model_name_or_path)
+        if isinstance(config.target_modules, set):  # written in an order that changes from process to process
+            config.target_modules = sorted(config.target_modules)
     with quietly():
         model.save_pretrained(folder)
     if model.generation_config is not None:
