@@ -9,6 +9,7 @@ gradients from those of the unwrapped model on the whole batch, padded; rank 0 w
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import sys
 from pathlib import Path
@@ -100,6 +101,7 @@ def check(make: Any, wrap: Any, checkpointed: bool) -> dict[str, float]:
 
 
 def main(out: Path) -> None:
+    faulthandler.enable()
     faulthandler.dump_traceback_later(100, exit=True)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -111,6 +113,9 @@ def main(out: Path) -> None:
     dist.all_gather_object(everyone, answers)
     if dist.get_rank() == 0:
         out.write_text(json.dumps(everyone))
+    # Sharded modules stand in cycles and hold the group: left to the interpreter's end, its threads may abort it.
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 
