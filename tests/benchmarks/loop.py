@@ -137,7 +137,7 @@ def make(folder: Path, shape: dict[str, Any], count: int, words: tuple[int, int]
 def main() -> None:
     """Measure each shape, and print medians and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     results = []

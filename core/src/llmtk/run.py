@@ -557,7 +557,10 @@ class Run:
         return forward
 
     def _share(self, indices: list[int]) -> list[Row]:
-        return [self.train_rows[index] for index in indices[self.rank :: self.world_size]]
+        mine = indices[self.rank :: self.world_size]
+        # `datasets` reads many rows in little more time than one.
+        fetch = getattr(self.train_rows, "__getitems__", None)
+        return fetch(mine) if fetch and mine else [self.train_rows[index] for index in mine]
 
     def _encode(self, data: Any) -> Dataset:
         from llmtk.data import read_rows

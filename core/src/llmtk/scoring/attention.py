@@ -17,7 +17,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from llmtk.scoring.layout import Layout
+    from llmtk.scoring.layout import Grid, Layout
 
 LAYOUT = "llmtk_layout"
 """The keyword under which a layout travels through a model's layers to this function."""
@@ -86,6 +86,8 @@ def packed_attention(
         # Rotary embeddings come out in float32; torch's own attention casts under autocast, and so does this one.
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if layout.grid is not None and layout.grid.longest < LONG:
+        return _attend_grid(query[0], key[0], value[0], layout.grid, scale, sliding_window, softcap or 0.0)
     # `split`, since its backward pass is one copy; slices would each fill a whole row with zeros.
     queries = torch.split(query[0], layout.lengths, dim=1)
     keys = torch.split(key[0], layout.lengths, dim=1)
@@ -102,13 +104,46 @@ def packed_attention(
     return torch.cat(outputs, 1).transpose(0, 1)[None]
 
 
+def _attend_grid(
+    query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float, window: int | None, softcap: float
+) -> Tensor:
+    """Attend in all segments at once: (heads, T, width) to (1, T, heads, value width)."""
+
+    def rows(states: Tensor, key_heads: int) -> Tensor:
+        """Return (key heads x segments x heads of the group, longest, width)."""
+        if grid.cells is not None:
+            states = states.index_select(1, grid.cells)
+        split = states.reshape(key_heads, -1, grid.segments, grid.longest, states.shape[-1])
+        return split.transpose(1, 2).reshape(-1, grid.longest, states.shape[-1])
+
+    heads, key_heads = query.shape[0], key.shape[0]
+    if _is_native(query, grid.longest, grid.longest, window, softcap):
+
+        def batched(states: Tensor) -> Tensor:
+            """Return (segments, heads, longest, width)."""
+            states = states if grid.cells is None else states.index_select(1, grid.cells)
+            return torch.unflatten(states, 1, (grid.segments, grid.longest)).transpose(0, 1)
+
+        native = F.scaled_dot_product_attention(
+            batched(query), batched(key), batched(value), is_causal=True, scale=scale, enable_gqa=heads != key_heads
+        )
+        flat = native.transpose(1, 2).flatten(0, 1)
+        return (flat if grid.back is None else flat.index_select(0, grid.back))[None]
+    attended = _attend(rows(query, key_heads), rows(key, key_heads), rows(value, key_heads), scale, window, softcap)
+    split = attended.view(key_heads, grid.segments, heads // key_heads, grid.longest, -1)
+    output = split.transpose(1, 2).reshape(heads, grid.segments * grid.longest, -1)
+    if grid.back is not None:
+        output = output.index_select(1, grid.back)
+    return output.transpose(0, 1)[None]
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float) -> Tensor:
     """Attend from the last `len(q)` of the keys: (heads, queries, width), (key heads, keys, width)."""
     queries, keys = q.shape[1], k.shape[1]
     windowed = window is not None and keys > window
-    if keys >= LONG and not softcap:
+    plain = queries == keys and not windowed
+    if _is_native(q, queries, keys, window, softcap) or (keys >= LONG and not softcap):
         # Not from the cache, which 256 masks of this size would make larger than the model.
-        plain = queries == keys and not windowed
         mask = None if plain else _bias.__wrapped__(queries, keys, window, q.device).to(q.dtype)
         attended: Tensor = F.scaled_dot_product_attention(
             q[None],
@@ -123,6 +158,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, s
     written: Any = _Written.apply
     bias = _bias(queries, keys, window if windowed else None, q.device)
     return written(q, k, v, bias, scale, softcap)  # type: ignore[no-any-return]
+
+
+def _is_native(q: Tensor, queries: int, keys: int, window: int | None, softcap: float) -> bool:
+    """Say whether torch's own kernel does it, and best: on a CPU it is slow for short segments in bfloat16."""
+    plain = queries == keys and (window is None or keys <= window) and not softcap
+    return plain and q.dtype == torch.float32
 
 
 @lru_cache(maxsize=256)

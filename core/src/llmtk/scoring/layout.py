@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,24 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from llmtk.batch import Batch
+
+SPARE = 10_000
+"""Scores of padding a segment, at most, for which a grid is still faster than one segment after the other."""
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Segments that stand alone as rows of a grid, (segments, longest), for one attention over all of them.
+
+    `cells` (segments x longest,) says which token of the packed row stands in each cell, any one in those behind a
+    segment's end, which no token of it looks at; `back` (T,), where each token stands. Both are None where all segments
+    have one length, and grid and row are the same.
+    """
+
+    segments: int
+    longest: int
+    cells: Tensor | None = None
+    back: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,3 +76,21 @@ class Layout:
             prefixes=torch.where(continues, prefix, -1).tolist(),
             predictors=torch.where(target_within == 0, last_of_prefix, before),
         )
+
+    @cached_property
+    def grid(self) -> Grid | None:
+        """The grid of a row of short segments without prefixes; None where it would be mostly padding."""
+        segments, longest = len(self.lengths), max(self.lengths, default=0)
+        padding = segments * longest**2 - sum(length**2 for length in self.lengths)
+        if segments < 2 or padding > SPARE * segments or any(prefix >= 0 for prefix in self.prefixes):
+            return None
+        if padding == 0:
+            return Grid(segments, longest)
+        device = self.ids.device
+        lengths = torch.tensor(self.lengths, device=device)
+        row = torch.arange(segments, device=device).repeat_interleave(lengths)
+        within = torch.arange(self.ids.shape[1], device=device) - (lengths.cumsum(0) - lengths)[row]
+        back = row * longest + within
+        cells = torch.zeros(segments * longest, dtype=torch.int64, device=device)
+        cells[back] = torch.arange(self.ids.shape[1], device=device)
+        return Grid(segments, longest, cells, back)
