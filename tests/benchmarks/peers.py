@@ -277,7 +277,7 @@ def pairs_stage(pairs: list[dict[str, str]]) -> Any:
 
         def build_models(self, run: Any) -> llmtk.Models:
             root = super().build_models(run).root
-            return llmtk.Models(root, {"reference": copy.deepcopy(root).to(run.backend.compute_dtype)})
+            return llmtk.Models(root, {"reference": copy.deepcopy(root)})
 
         def build_data(self, run: Any) -> llmtk.Data:
             end = run.tokenizer.eos_token_id
