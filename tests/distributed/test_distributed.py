@@ -298,6 +298,15 @@ def test_a_checkpoint_of_another_number_of_ranks_is_refused(answer: Answers) -> 
         assert error.startswith("CheckpointError: the checkpoint was written by 1 ranks and this run has 2")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of the runtime's threads are read from /proc")
+def test_no_thread_of_the_group_outlives_it(answer: Answers) -> None:
+    """One that is left may ask the interpreter for its lock when that has ended, which aborts the process."""
+    for rank in (0, 1):
+        threads = answer("at_the_end", 2, rank)["threads"]
+        assert threads
+        assert not [name for name in threads if "gloo" in name]
+
+
 def test_accelerate_launch_works_as_well(out: Path, answer: Answers, tmp_path: Path) -> None:
     launch(tmp_path, *ACCELERATE, checks=("sgd",))
     found = [json.loads((tmp_path / "2" / f"sgd.{rank}.json").read_text()) for rank in (0, 1)]

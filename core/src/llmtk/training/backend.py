@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import math
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +70,7 @@ class Backend:
         # Control messages stay off the accelerator: no synchronisation, and any Python value.
         self._control = dist.new_group(backend="gloo") if self.world_size > 1 else None
         if self.world_size > 1:
+            _backends.add(self)
             atexit.unregister(_leave)
             atexit.register(_leave)
 
@@ -168,8 +171,21 @@ class Backend:
             raise error(f"{what} failed on rank {rank}: {told[rank]}")
 
 
+# Those whose wrapped models hold the process group.
+_backends: weakref.WeakSet[Backend] = weakref.WeakSet()
+
+
 def _leave() -> None:
-    """Part from the other ranks when the process ends: until then, runs may be evaluated, and others follow."""
+    """Part from the other ranks when the process ends: until then, runs may be evaluated, and others follow.
+
+    gloo's threads need the interpreter's lock to let their last tensors go, and abort the process if it has ended by
+    then. They are waited for when the last reference to their group goes, and a DDP model is one.
+    """
+    for backend in list(_backends):
+        backend.accelerator.free_memory()
+        vars(backend).pop("wrapped", None)
+        backend._control = None
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 
