@@ -6,12 +6,14 @@ Reading needs no tokenizer, so that every bad row is known before a model is loa
 from llmtk.data.encoders import EncodingReport
 from llmtk.data.encoding import encode
 from llmtk.data.reading import Splits, read_rows, read_splits
-from llmtk.data.rows import Dialogue, PromptCompletion, Row, Text
+from llmtk.data.rows import Dialogue, Labelled, Pair, PromptCompletion, Row, Text
 from llmtk.data.templates import chat_template
 
 __all__ = [
     "Dialogue",
     "EncodingReport",
+    "Labelled",
+    "Pair",
     "PromptCompletion",
     "Row",
     "Splits",

@@ -6,7 +6,7 @@ A new row type is encoded by one function under :func:`encoder`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from llmtk.data.dialogue import Rendered, mark, render_spans
-from llmtk.data.rows import Dialogue, Message, PromptCompletion, Row, RowError, Text
+from llmtk.data.rows import Dialogue, Labelled, Message, Pair, PromptCompletion, Row, RowError, Text
 from llmtk.data.templates import chat_template, render
 from llmtk.errors import ConfigurationError, DatasetError
 
@@ -62,6 +62,71 @@ class Encoded:
     ids: NDArray[np.int64]
     targets: NDArray[np.bool_] | None
     place: str
+
+    @property
+    def parts(self) -> dict[str, NDArray[Any]]:
+        """The columns that hold one value a token."""
+        return {"input_ids": self.ids} | ({} if self.targets is None else {"targets": self.targets})
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The columns that hold one value."""
+        return {}
+
+    def cut(self, length: int) -> tuple[Encoded | None, bool]:
+        """Return the row within a length, or None if nothing is left to learn, and whether it was over the length."""
+        if self.targets is None:
+            return (self if len(self.ids) else None), False
+        targets = self.targets[:length].copy()
+        targets[:1] = False
+        return (replace(self, ids=self.ids[:length], targets=targets) if targets.any() else None), len(
+            self.ids
+        ) > length
+
+
+@dataclass(frozen=True)
+class EncodedAnswers:
+    """A prompt's tokens, shape (tokens,), and by name each answer's (tokens, targets), which stand behind it.
+
+    `values` are further columns, of one value each.
+    """
+
+    prompt: NDArray[np.int64]
+    answers: dict[str, tuple[NDArray[np.int64], NDArray[np.bool_]]]
+    values: dict[str, Any]
+    place: str
+
+    @classmethod
+    def of(cls, wholes: dict[str, Encoded], values: dict[str, Any], place: str) -> EncodedAnswers:
+        """Take apart sequences that begin alike. What they have in common, up to the first target, is the prompt."""
+        sequences = [(whole.ids, np.asarray(whole.targets)) for whole in wholes.values()]
+        shared = min(int(targets.argmax()) if targets.any() else len(ids) for ids, targets in sequences)
+        first = sequences[0][0]
+        shared = min([shared, *(_common(first, ids) for ids, _ in sequences)])
+        answers = {
+            name: (ids[shared:], targets[shared:]) for name, (ids, targets) in zip(wholes, sequences, strict=True)
+        }
+        return cls(first[:shared], answers, values, place)
+
+    @property
+    def parts(self) -> dict[str, NDArray[Any]]:
+        """The columns that hold one value a token: `prompt_ids`, and `NAME_ids` and `NAME_targets` of each answer."""
+        columns: dict[str, NDArray[Any]] = {"prompt_ids": self.prompt}
+        for name, (ids, targets) in self.answers.items():
+            columns |= {f"{name}_ids": ids, f"{name}_targets": targets}
+        return columns
+
+    def cut(self, length: int) -> tuple[EncodedAnswers | None, bool]:
+        """Return the row with each answer within a length, or None if one has no target left, and whether one was over.
+
+        The prompt counts, and is never cut.
+        """
+        room = max(length - len(self.prompt), 0)
+        answers = {name: (ids[:room], targets[:room].copy()) for name, (ids, targets) in self.answers.items()}
+        for _, targets in answers.values():
+            targets[:1] &= len(self.prompt) > 0
+        kept = replace(self, answers=answers) if all(targets.any() for _, targets in answers.values()) else None
+        return kept, any(len(ids) > room for ids, _ in self.answers.values())
 
 
 @dataclass
@@ -142,23 +207,17 @@ class Context:
 Turns = tuple[list[Message], list[dict[str, Any]] | None, int, str]
 """Messages, tools, the index of the first message that may be learnt, and the row's place."""
 
-AnyRow = TypeVar("AnyRow", bound=Row)
-Encoder = Callable[[Context, Sequence[Any]], Iterator[Encoded]]
+AnyEncoded = Encoded | EncodedAnswers
+Encoder = Callable[[Context, Sequence[Any]], Iterator[AnyEncoded]]
+AnyEncoder = TypeVar("AnyEncoder", bound=Encoder)
 ENCODERS: dict[str, Encoder] = {}
 """Row type -> what encodes a batch of such rows, in their order."""
 
 
-def encoder(
-    row_type: type[AnyRow],
-) -> Callable[
-    [Callable[[Context, Sequence[AnyRow]], Iterator[Encoded]]],
-    Callable[[Context, Sequence[AnyRow]], Iterator[Encoded]],
-]:
+def encoder(row_type: type[Row]) -> Callable[[AnyEncoder], AnyEncoder]:
     """Register the decorated function as the encoder of a row type."""
 
-    def register(
-        function: Callable[[Context, Sequence[AnyRow]], Iterator[Encoded]],
-    ) -> Callable[[Context, Sequence[AnyRow]], Iterator[Encoded]]:
+    def register(function: AnyEncoder) -> AnyEncoder:
         ENCODERS[row_type.type] = function
         return function
 
@@ -184,6 +243,30 @@ def _encode_completions(context: Context, rows: Sequence[PromptCompletion]) -> I
     for plain, group in groupby(rows, key=lambda row: isinstance(row.prompt, str)):
         alike = list(group)
         yield from _encode_plain(context, alike) if plain else _encode_turns(context, [_turns(row) for row in alike])
+
+
+@encoder(Pair)
+def _encode_pairs(context: Context, rows: Sequence[Pair]) -> Iterator[EncodedAnswers]:
+    sides = [_encode_answers(context, rows, [getattr(row, name) for row in rows]) for name in ("chosen", "rejected")]
+    for row, chosen, rejected in zip(rows, *sides, strict=True):
+        values = {} if row.margin is None else {"margin": float(row.margin)}
+        yield EncodedAnswers.of({"chosen": chosen, "rejected": rejected}, values, row.place)
+
+
+@encoder(Labelled)
+def _encode_labelled(context: Context, rows: Sequence[Labelled]) -> Iterator[EncodedAnswers]:
+    wholes = _encode_answers(context, rows, [row.completion for row in rows])
+    for row, whole in zip(rows, wholes, strict=True):
+        yield EncodedAnswers.of({"completion": whole}, {"label": row.label}, row.place)
+
+
+def _encode_answers(context: Context, rows: Sequence[Pair | Labelled], answers: Sequence[Any]) -> Iterator[Encoded]:
+    """Encode prompt and answer of each row as a row of prompt and completion is."""
+    joined = [
+        PromptCompletion(row.prompt, answer, row.tools, place=row.place)
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    return _encode_completions(context, joined)
 
 
 def _turns(row: PromptCompletion) -> Turns:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmtk.data.encoders import ENCODERS, Context, Encoded, EncodingReport
+from llmtk.data.encoders import ENCODERS, AnyEncoded, Context, EncodingReport
 from llmtk.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -36,8 +35,10 @@ def encode(
     """Return the rows as tokens, in their order, and a report of what was cut, left out or moved.
 
     The data set is in memory. Its columns: ``input_ids`` (int32 list), ``place`` (text) and, but for documents,
-    ``targets`` (boolean list, as long as ``input_ids``; a sequence's first token is never a target). A sequence is cut
-    at, or left out over, ``config.max_length`` tokens; documents are neither.
+    ``targets`` (boolean list, as long as ``input_ids``; a sequence's first token is never a target). Pairs and labelled
+    rows have, in their place, ``prompt_ids``, and ``NAME_ids`` and ``NAME_targets`` for each answer behind it
+    (``chosen``, ``rejected``, ``completion``), with ``margin`` or ``label``. A sequence is cut at, or left out over,
+    ``config.max_length`` tokens; documents are neither.
 
     ``vocab_size`` is the number of the model's embeddings, if it is known.
 
@@ -61,36 +62,29 @@ def encode(
     return _dataset(tables), report
 
 
-def _encode_batch(context: Context, rows: list[Row]) -> Iterator[Encoded]:
+def _encode_batch(context: Context, rows: list[Row]) -> Iterator[AnyEncoded]:
     for row_type, group in groupby(rows, key=lambda row: row.type):
         yield from ENCODERS[row_type](context, list(group))
 
 
-def _fit(item: Encoded, config: DataConfig, report: EncodingReport) -> Encoded | None:
-    """Return the row within max_length, its first token no target, or None if nothing is left to learn."""
-    if item.targets is None:
-        if not len(item.ids):
-            report.without_target.append(item.place)
-        return item if len(item.ids) else None
-    targets = item.targets.copy()
-    targets[:1] = False
-    over = len(item.ids) > config.max_length
+def _fit(item: AnyEncoded, config: DataConfig, report: EncodingReport) -> AnyEncoded | None:
+    """Return the row within max_length, or None if nothing is left to learn."""
+    kept, over = item.cut(config.max_length)
     if over and config.on_too_long == "drop":
         report.too_long.append(item.place)
         return None
-    targets = targets[: config.max_length]
-    if not targets.any():
+    if kept is None:
         report.without_target.append(item.place)
         return None
     report.truncated += over
-    return replace(item, ids=item.ids[: config.max_length], targets=targets)
+    return kept
 
 
-def _check_vocabulary(batch: list[Encoded], tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
+def _check_vocabulary(batch: list[AnyEncoded], tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
     size = len(tokenizer) if vocab_size is None else min(vocab_size, len(tokenizer))
     for item in batch:
-        if len(item.ids) and item.ids.max() >= size:
-            token = int(item.ids.max())
+        token = max((int(ids.max()) for ids in _ids(item) if len(ids)), default=0)
+        if token >= size:
             owner = "the tokenizer's vocabulary" if vocab_size is None else "the model's embeddings"
             raise DatasetError(
                 f"{item.place}: token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) is beyond {owner}, which "
@@ -98,14 +92,21 @@ def _check_vocabulary(batch: list[Encoded], tokenizer: PreTrainedTokenizerBase, 
             )
 
 
-def _count(batch: list[Encoded], tokenizer: PreTrainedTokenizerBase, report: EncodingReport) -> None:
+def _count(batch: list[AnyEncoded], tokenizer: PreTrainedTokenizerBase, report: EncodingReport) -> None:
     # GPT-2's like give their end token as the unknown one, and never use it as such.
     unknown = None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
     for item in batch:
         report.rows += 1
-        report.tokens += len(item.ids)
-        report.targets += len(item.ids) if item.targets is None else int(item.targets.sum())
-        report.unknown += 0 if unknown is None else int((item.ids == unknown).sum())
+        targets = [part for part in item.parts.values() if part.dtype == np.bool_]
+        for ids in _ids(item):
+            report.tokens += len(ids)
+            report.targets += 0 if targets else len(ids)
+            report.unknown += 0 if unknown is None else int((ids == unknown).sum())
+        report.targets += sum(int(part.sum()) for part in targets)
+
+
+def _ids(item: AnyEncoded) -> list[NDArray[Any]]:
+    return [part for part in item.parts.values() if part.dtype != np.bool_]
 
 
 def _say(report: EncodingReport, config: DataConfig) -> None:
@@ -128,14 +129,17 @@ def _places(places: list[str]) -> str:
     return f"{len(places)} ({', '.join(places[:3])}{more})"
 
 
-def _table(batch: list[Encoded]) -> pyarrow.Table:
+def _table(batch: list[AnyEncoded]) -> pyarrow.Table:
     import pyarrow as pa
 
-    columns: dict[str, Any] = {"input_ids": _lists([item.ids for item in batch], np.int32)}
-    targets = [item.targets for item in batch if item.targets is not None]
-    if targets:
-        assert len(targets) == len(batch), "documents and rows with targets don't mix"
-        columns["targets"] = _lists(targets, np.bool_)
+    names = batch[0].parts.keys()
+    assert all(item.parts.keys() == names for item in batch), "documents and rows with targets don't mix"
+    columns: dict[str, Any] = {}
+    for name in names:
+        parts = [item.parts[name] for item in batch]
+        columns[name] = _lists(parts, np.bool_ if parts[0].dtype == np.bool_ else np.int32)
+    for name in {name: None for item in batch for name in item.values}:
+        columns[name] = pa.array([item.values.get(name) for item in batch])
     columns["place"] = pa.array([item.place for item in batch], pa.string())
     return pa.table(columns)
 
@@ -153,4 +157,5 @@ def _dataset(tables: list[pyarrow.Table]) -> Dataset:
     import pyarrow as pa
     from datasets import Dataset
 
-    return Dataset(pa.concat_tables(tables))
+    # A value that some rows have and others lack is null for these.
+    return Dataset(pa.concat_tables(tables, promote_options="default"))

@@ -9,7 +9,20 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmtk.data.rows import Dialogue, Message, PromptCompletion, Row, RowError, Text, check_text, reachable
+from llmtk.data.rows import (
+    Dialogue,
+    Labelled,
+    Message,
+    Pair,
+    PromptCompletion,
+    Row,
+    RowError,
+    Text,
+    check_messages,
+    check_text,
+    kind,
+    reachable,
+)
 from llmtk.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -59,15 +72,33 @@ def _text(columns: Columns, place: str) -> Row:
 
 
 def _alpaca(columns: Columns, place: str) -> Row:
-    """Join instruction and input by a line break, as the format's other readers do."""
-    instruction, answer = columns["instruction"], columns["output"]
-    given, system = columns.get("input", ""), columns.get("system", "")
+    answer = columns["output"]
     check_text("output", answer)
+    return Dialogue([*_alpaca_prompt(columns), _said(answer)], place=place)
+
+
+def _alpaca_preference(columns: Columns, place: str) -> Row:
+    for name in ("chosen", "rejected"):
+        check_text(name, columns[name])
+    chosen, rejected = ([_said(columns[name])] for name in ("chosen", "rejected"))
+    return Pair(_alpaca_prompt(columns), chosen, rejected, margin=columns.get("margin"), place=place)
+
+
+def _alpaca_prompt(columns: Columns) -> list[Message]:
+    """Join instruction and input by a line break, as the format's other readers do."""
+    instruction, given, system = columns["instruction"], columns.get("input", ""), columns.get("system", "")
     for name, value in [("instruction", instruction), ("input", given), ("system", system)]:
         check_text(name, value, may_be_empty=True)
     question = f"{instruction}\n{given}" if instruction and given else instruction or given
-    first: list[Message] = [{"role": "system", "content": system}] if system else []
-    return Dialogue(first + _history(columns.get("history", [])) + _exchange(question, answer), place=place)
+    return [*_system(system), *_history(columns.get("history", [])), {"role": "user", "content": question}]
+
+
+def _system(text: str) -> list[Message]:
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _said(answer: str) -> Message:
+    return {"role": "assistant", "content": answer}
 
 
 def _history(history: object) -> list[Message]:
@@ -77,7 +108,92 @@ def _history(history: object) -> list[Message]:
 
 
 def _exchange(question: str, answer: str) -> list[Message]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [{"role": "user", "content": question}, _said(answer)]
+
+
+def _preference(columns: Columns, place: str) -> Row:
+    prompt, chosen, rejected = (_clean(_listed(columns[name])) for name in ("prompt", "chosen", "rejected"))
+    if isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list):
+        # Some data sets give the question as text, and again as the first turns of both answers.
+        shared = _common_messages(chosen, rejected)
+        if shared and prompt in [message.get("content") for message in shared]:
+            prompt, chosen, rejected = shared, chosen[len(shared) :], rejected[len(shared) :]
+        else:
+            prompt = [{"role": "user", "content": prompt}]
+    return Pair(prompt, chosen, rejected, _tools(columns), columns.get("margin"), place=place)
+
+
+def _implicit_preference(columns: Columns, place: str) -> Row:
+    """What the two have in common is the prompt: whole messages, or words."""
+    chosen, rejected = (_clean(columns[name]) for name in ("chosen", "rejected"))
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        length = _common_words(chosen, rejected)
+    elif isinstance(chosen, list) and isinstance(rejected, list):
+        check_messages("chosen", chosen)
+        check_messages("rejected", rejected)
+        length = len(_common_messages(chosen, rejected))
+        if not length:
+            raise RowError("chosen and rejected begin with different messages, so that there is no prompt")
+    else:
+        raise RowError(f"chosen is {kind(chosen)} and rejected {kind(rejected)}; both must be text, or messages")
+    prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
+    return Pair(prompt, chosen, rejected, _tools(columns), columns.get("margin"), place=place)
+
+
+def _common_messages(chosen: list[Message], rejected: list[Message]) -> list[Message]:
+    """Return the messages that both begin with. The last one of each is its answer, also where they are equal."""
+    shared = []
+    for first, second in zip(chosen[:-1], rejected[:-1], strict=False):
+        if first != second:
+            break
+        shared.append(first)
+    return shared
+
+
+def _common_words(chosen: str, rejected: str) -> int:
+    """Return the length of what both begin with, up to a word's beginning, its space left to the answers."""
+    differing = (index for index, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other)
+    length = next(differing, None)
+    if length is None:
+        raise RowError("one of chosen and rejected begins with the other: give the prompt in a column of its own")
+    return max(chosen.rfind(" ", 0, length), 0)
+
+
+def _sharegpt_preference(columns: Columns, place: str) -> Row:
+    turns = _sharegpt(columns["conversations"], "conversations")
+    chosen, rejected = (_sharegpt(_listed(columns[name]), name) for name in ("chosen", "rejected"))
+    prompt = _system(columns.get("system", "")) + turns
+    return Pair(prompt, chosen, rejected, _tools(columns), columns.get("margin"), place=place)
+
+
+_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def _sharegpt(turns: Any, name: str) -> list[Message]:
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise RowError(f"{name} must be a list of turns, each with from and value")
+    for turn in turns:
+        if turn.get("from") not in _SHAREGPT_ROLES:
+            raise RowError(f"a turn of {name} is from {turn.get('from')!r}; known are {', '.join(_SHAREGPT_ROLES)}")
+    return [{"role": _SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")} for turn in turns]
+
+
+def _listed(answer: Any) -> Any:
+    """Return a single message as a list of one."""
+    return [answer] if isinstance(answer, dict) else answer
+
+
+def _labelled(columns: Columns, place: str) -> Row:
+    prompt, completion = _clean(columns["prompt"]), _clean(_listed(columns["completion"]))
+    return Labelled(prompt, completion, columns["label"], _tools(columns), place=place)
+
+
+def _labelled_messages(columns: Columns, place: str) -> Row:
+    messages = _clean(columns["messages"])
+    check_messages("messages", messages)
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise RowError("messages must end with the assistant's turn, which the label judges, behind a prompt")
+    return Labelled(messages[:-1], messages[-1:], columns["label"], _tools(columns), place=place)
 
 
 def _clean(messages: Any) -> Any:
@@ -116,6 +232,44 @@ FORMATS: dict[str, Format] = {
             frozenset({"tools"}),
         ),
         Format("text", Text, frozenset({"text"}), _text),
+        Format(
+            "preference",
+            Pair,
+            frozenset({"prompt", "chosen", "rejected"}),
+            _preference,
+            frozenset({"tools", "margin"}),
+        ),
+        Format(
+            "implicit preference",
+            Pair,
+            frozenset({"chosen", "rejected"}),
+            _implicit_preference,
+            frozenset({"tools", "margin"}),
+        ),
+        Format(
+            "alpaca preference",
+            Pair,
+            frozenset({"instruction", "chosen", "rejected"}),
+            _alpaca_preference,
+            frozenset({"input", "system", "history", "margin"}),
+        ),
+        Format(
+            "sharegpt preference",
+            Pair,
+            frozenset({"conversations", "chosen", "rejected"}),
+            _sharegpt_preference,
+            frozenset({"system", "tools", "margin"}),
+        ),
+        Format(
+            "labelled",
+            Labelled,
+            frozenset({"prompt", "completion", "label"}),
+            _labelled,
+            frozenset({"tools"}),
+        ),
+        Format(
+            "labelled messages", Labelled, frozenset({"messages", "label"}), _labelled_messages, frozenset({"tools"})
+        ),
     ]
 }
 

@@ -6,8 +6,9 @@ function under :func:`conversion`. Nothing else in the package lists the types.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -76,20 +77,62 @@ class PromptCompletion(Row):
     tools: list[dict[str, Any]] | None = None
 
     def check(self) -> None:
-        if isinstance(self.prompt, str) and isinstance(self.completion, str):
-            check_text("prompt", self.prompt, may_be_empty=True)
-            check_text("completion", self.completion)
-            return
-        if isinstance(self.prompt, str) or isinstance(self.completion, str):
-            raise RowError("prompt and completion are of two kinds: both must be text, or both lists of messages")
-        check_messages("prompt", self.prompt)
-        check_messages("completion", self.completion)
-        check_assistant("completion", self.completion)
+        check_answer(self.prompt, "completion", self.completion)
         check_tools(self.tools)
 
     def texts(self) -> list[str]:
-        sides = (self.prompt, self.completion)
-        return [text for side in sides for text in ([side] if isinstance(side, str) else _contents(side))]
+        return _texts(self.prompt, self.completion)
+
+
+@dataclass(frozen=True)
+class Pair(Row):
+    """Two answers to a prompt, of which ``chosen`` is preferred: all text, or all lists of messages.
+
+    ``margin`` says by how much it is preferred, in units of the reward, where that is known.
+    """
+
+    type: ClassVar[str] = "pair"
+    prompt: str | list[Message]
+    chosen: str | list[Message]
+    rejected: str | list[Message]
+    tools: list[dict[str, Any]] | None = None
+    margin: float | None = None
+
+    def check(self) -> None:
+        for name, answer in (("chosen", self.chosen), ("rejected", self.rejected)):
+            check_answer(self.prompt, name, answer)
+        check_tools(self.tools)
+        if self.margin is not None and (isinstance(self.margin, bool) or not isinstance(self.margin, int | float)):
+            raise RowError(f"margin is {kind(self.margin)}; a number is expected")
+        if self.margin is not None and not math.isfinite(self.margin):
+            raise RowError(f"margin is {self.margin}; a finite number is expected")
+
+    def texts(self) -> list[str]:
+        return _texts(self.prompt, self.chosen, self.rejected)
+
+
+@dataclass(frozen=True)
+class Labelled(Row):
+    """An answer to a prompt, and whether it is desirable: text, or lists of messages."""
+
+    type: ClassVar[str] = "labelled"
+    prompt: str | list[Message]
+    completion: str | list[Message]
+    label: bool
+    tools: list[dict[str, Any]] | None = None
+
+    def check(self) -> None:
+        check_answer(self.prompt, "completion", self.completion)
+        check_tools(self.tools)
+        if not isinstance(self.label, bool):
+            raise RowError(f"label is {kind(self.label)} ({self.label!r}); true (desirable) or false is expected")
+
+    def texts(self) -> list[str]:
+        return _texts(self.prompt, self.completion)
+
+
+def _texts(*sides: str | list[Message]) -> list[str]:
+    return [text for side in sides for text in ([side] if isinstance(side, str) else _contents(side))]
 
 
 def _contents(messages: list[Message]) -> list[str]:
@@ -147,6 +190,19 @@ def check_assistant(name: str, messages: list[Message]) -> None:
         raise RowError(f"{name} has no turn of the assistant; its roles are {', '.join(roles)}")
 
 
+def check_answer(prompt: object, name: str, answer: object) -> None:
+    """Raise :class:`RowError` unless ``answer`` can follow ``prompt``: text after text, or messages after messages."""
+    if isinstance(prompt, str) and isinstance(answer, str):
+        check_text("prompt", prompt, may_be_empty=True)
+        check_text(name, answer)
+        return
+    if isinstance(prompt, str) or isinstance(answer, str):
+        raise RowError(f"prompt and {name} are of two kinds: both must be text, or both lists of messages")
+    check_messages("prompt", prompt)
+    check_messages(name, answer)
+    check_assistant(name, cast("list[Message]", answer))
+
+
 def check_tools(tools: object) -> None:
     """Raise :class:`RowError` unless ``tools`` is a list of JSON schemas, or absent."""
     if tools is None:
@@ -202,3 +258,19 @@ def _join_turns(row: PromptCompletion) -> list[Row]:
     if isinstance(row.prompt, str) or isinstance(row.completion, str):
         raise RowError("prompt and completion are plain text, which has no turns; give them as lists of messages")
     return [Dialogue(row.prompt + row.completion, row.tools, place=row.place)]
+
+
+@conversion(Pair, Labelled)
+def _label_both(row: Pair) -> list[Row]:
+    answers = ((row.chosen, True), (row.rejected, False))
+    return [Labelled(row.prompt, answer, label, row.tools, place=row.place) for answer, label in answers]
+
+
+@conversion(Pair, PromptCompletion)
+def _keep_chosen(row: Pair) -> list[Row]:
+    return [PromptCompletion(row.prompt, row.chosen, row.tools, place=row.place)]
+
+
+@conversion(Pair, Dialogue)
+def _join_chosen(row: Pair) -> list[Row]:
+    return [joined for part in _keep_chosen(row) for joined in convert(part, [Dialogue.type])]
