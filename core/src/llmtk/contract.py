@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from llmtk.config.sections import Section
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     import torch
@@ -33,6 +34,9 @@ Row = dict[str, Any]
 
 Need = Literal["reference", "reward", "generation"]
 
+REFERENCE = "reference"
+"""The name of the model that a run keeps for stages that need a reference."""
+
 
 class Dataset(Protocol):
     """Rows by index: a `datasets.Dataset`, or anything like it."""
@@ -51,10 +55,14 @@ class Data:
 
 @dataclass(frozen=True)
 class Models:
-    """The one trainable root module (which may hold several), and frozen ones by name."""
+    """The one trainable root module (which may hold several), and frozen ones by name: `run.score(…, model=name)`."""
 
     root: nn.Module
     frozen: Mapping[str, nn.Module] = field(default_factory=dict)
+    views: Mapping[str, Callable[[], AbstractContextManager[None]]] = field(default_factory=dict)
+    """Frozen models that are the root itself, seen in another way (its adapter off): what it computes in a context."""
+    changing: frozenset[str] = frozenset()
+    """Frozen models that the stage changes as it trains. They are saved in checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,14 @@ class Stage:
     def windows_per_round(self) -> int:
         """How many windows, and so optimizer steps, each of its rounds has."""
         return 1
+
+    @property
+    def reference(self) -> Literal["none", "frozen", "changing"]:
+        """What `model="reference"` is with these options: the policy as it is when the run starts, or model.reference.
+
+        `changing`: a model of its own, in the policy's dtype, which the stage moves as it trains.
+        """
+        return "frozen" if "reference" in self.needs else "none"
 
     def demo(self) -> Demo:
         """Return demo data and settings for a run without configuration."""

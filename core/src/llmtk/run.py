@@ -19,7 +19,7 @@ from llmtk import scoring
 from llmtk.batch import Batch, Mean
 from llmtk.config.reading import merge
 from llmtk.config.run_config import RunConfig, resolve
-from llmtk.contract import Dataset, Row, Stage
+from llmtk.contract import REFERENCE, Dataset, Row, Stage
 from llmtk.errors import ConfigurationError, LlmtkError
 from llmtk.folder import RunFolder
 from llmtk.generation import Completion, Sampling, generate
@@ -37,6 +37,7 @@ from llmtk.training.events import Plan
 from llmtk.training.loop import Interrupted
 from llmtk.training.micro_batches import cut_window
 from llmtk.training.order import RowOrder
+from llmtk.training.precompute import Precomputed, precompute
 from llmtk.training.randomness import Randomness
 from llmtk.training.signals import first_signal
 from llmtk.training.state import TrainState
@@ -110,6 +111,7 @@ class Run:
         self._signal: int | None = None
         self._said: set[str] = set()
         self._speed = Speed()
+        self.precomputed: Precomputed | None = None
         self._is_set_up = False
 
     @classmethod
@@ -218,13 +220,17 @@ class Run:
 
     def score(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
         """Return the log-prob of every target token."""
+        if self.precomputed is not None and model == REFERENCE:
+            return self.precomputed.scores(batch, also)
         return self.scorers[model].score(self._forward(model), batch, also)
 
     def score_window(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
         """Score a whole window without gradient, in micro-batches, in eval mode. All ranks must call it together."""
         train, wanted = self.config.train, frozenset(also)
+        if self.precomputed is not None and model == REFERENCE:
+            return self.precomputed.scores(batch.to(self.device), wanted)
         cut = cut_window(batch, self.backend, rows=train.per_device_train_batch_size, tokens=train.micro_batch_tokens)
-        scored_model = self.model if model is None else self.frozen[model]
+        scored_model = self.frozen.get(model or "", self.model)
         with torch.no_grad(), eval_mode(scored_model):
             scored = [(self.score(part.batch, model=model, also=wanted), part.counts) for part in cut.parts]
         return Scores.join([scores for scores, counts in scored if counts], batch.to(self.device), wanted)
@@ -406,6 +412,8 @@ class Run:
         self.plan = self._make_plan()
         self.scheduler = optimizers.build_scheduler(optimizer, self.config.train, self.plan.max_steps)
         self._schedule_waits = optimizers.waits_for_evaluation(self.config.train)
+        if self.config.train.precompute_reference:
+            self.precomputed = precompute(self)
         self._is_set_up = True
 
     def _start(self) -> None:
@@ -434,15 +442,17 @@ class Run:
         models = self.hooks.build_models()
         self.model: nn.Module = models.root
         self.frozen: dict[str, nn.Module] = dict(models.frozen)
+        self.views = dict(models.views)
+        self.changing = models.changing
         asked = self.config.train.disable_dropout
         if asked if asked is not None else not self.stage.dropout:
             from llmtk.models.loading import disable_dropout
 
             disable_dropout(self.model)
         self.model.train()
-        self.scorers: dict[str | None, Scorer] = {None: self._scorer(self.model)} | {
-            name: self._scorer(m) for name, m in self.frozen.items()
-        }
+        own = self._scorer(self.model)
+        self.scorers: dict[str | None, Scorer] = {None: own, **dict.fromkeys(self.views, own)}
+        self.scorers |= {name: self._scorer(model) for name, model in self.frozen.items()}
 
     def _scorer(self, model: nn.Module) -> Scorer:
         """Choose how to score a model, before it is wrapped."""
@@ -548,6 +558,14 @@ class Run:
     def _forward(self, model: str | None) -> Callable[..., Any]:
         if model is None:
             return self.backend.wrapped
+        if model in self.views:
+            view, wrapped = self.views[model], self.backend.wrapped
+
+            def seen(**inputs: Any) -> Any:
+                with torch.no_grad(), view():
+                    return wrapped(**inputs)
+
+            return seen
         frozen = self.frozen[model]
 
         def forward(**inputs: Any) -> Any:

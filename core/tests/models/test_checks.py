@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from llmtk.config.sections import ModelConfig, TokenizerConfig
@@ -74,9 +75,14 @@ def test_a_folder_without_config(tmp_path):
     assert "has no config.json" in rejected(name_or_path=str(tmp_path))
 
 
-def test_an_adapter_is_no_model(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    assert "holds an adapter alone" in rejected(name_or_path=str(tmp_path))
+def test_an_adapter_says_what_it_lacks(tmp_path):
+    config = tmp_path / "adapter_config.json"
+    config.write_text("{}")
+    assert "adapter_model.safetensors is missing" in rejected(name_or_path=str(tmp_path))
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    assert "names no base model" in rejected(name_or_path=str(tmp_path))
+    config.write_text('{"base_model_name_or_path": "/gone"}')
+    assert "an adapter on /gone, which is not there" in rejected(name_or_path=str(tmp_path))
 
 
 def test_an_unfinished_run_is_no_model(tmp_path):

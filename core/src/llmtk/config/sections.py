@@ -40,7 +40,8 @@ class ModelConfig(Section):
     """Which model is trained."""
 
     name_or_path: str | None = None
-    """A folder, a hub name, or `builtin` for the tiny model that llmtk carries."""
+    """A folder, a hub name, or `builtin` for the tiny model that llmtk carries. A folder with an adapter: the adapter
+    is trained on, on its base."""
     from_config: dict[str, Any] | None = None
     """Train from scratch: a transformers `model_type` and any fields of its configuration."""
     tokenizer: TokenizerConfig | str | None = None
@@ -52,6 +53,9 @@ class ModelConfig(Section):
     type that the run computes in."""
     attn_implementation: str | None = None
     """As in transformers' `from_pretrained`."""
+    reference: str | None = None
+    """The reference model's folder or hub name (stages that need one). By default the model itself, as it is when the
+    run starts."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you have read that code."""
 
@@ -171,6 +175,9 @@ class TrainConfig(Section):
     padded; the plan says which, and why. `padded`: the plain way in any case."""
     label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
     """Share of the target's weight that is spread over the vocabulary (stages that declare it)."""
+    precompute_reference: bool = False
+    """Compute the reference's log-probs once, before training, and keep them on disk under a hash of model and data:
+    no second model, no second forward (stages that declare it)."""
     disable_dropout: bool | None = None
     """Switch all dropout off. By default what the stage says."""
     seed: int = 42

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llmtk.config.sections import ModelConfig
 
 BUILTIN = "builtin"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NOT_WEIGHTS = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "scaler.pt"}
 _OWN_KEYS = {"dtype", "torch_dtype", "attn_implementation", "trust_remote_code", "revision"}
@@ -32,6 +33,8 @@ def check_model(config: ModelConfig) -> None:
         ModelLoadError: The folder is missing or incomplete, holds pickled, truncated or remote-code weights.
     """
     check_origin(config)
+    if config.reference:
+        _check_named("model.reference", config.reference, trust_remote_code=config.trust_remote_code)
     if isinstance(config.tokenizer, str):
         _check_exists("model.tokenizer", config.tokenizer)
     elif config.tokenizer is not None and config.name_or_path:
@@ -49,7 +52,7 @@ def check_model(config: ModelConfig) -> None:
 def check_origin(config: ModelConfig) -> None:
     """Check where the weights come from: the part of ``check_model`` that is not about the tokenizer."""
     if config.name_or_path:
-        _check_named(config.name_or_path, trust_remote_code=config.trust_remote_code)
+        _check_named("model.name_or_path", config.name_or_path, trust_remote_code=config.trust_remote_code)
     elif config.from_config is not None:
         build_config(config.from_config)
     else:
@@ -120,6 +123,27 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> None:
         check_safetensors(file)
 
 
+def adapter_folder(name: str | None) -> Path | None:
+    """Return the folder if the name is that of one which holds an adapter, and no model."""
+    folder = Path(resolve(name)) if name else None
+    return folder if folder and (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file() else None
+
+
+def base_of(folder: Path) -> str:
+    """Return the name of the model that an adapter belongs to. ModelLoadError where it does not say, or it is gone."""
+    file = folder / ADAPTER_CONFIG
+    mend = f"Put the base model's folder into base_model_name_or_path of {file}"
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelLoadError(f"{file} is damaged: it names no base model. Copy it again") from error
+    if not isinstance(base, str):
+        raise ModelLoadError(f"{folder} is an adapter that does not say which model it belongs to. {mend}")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise ModelLoadError(f"{folder} is an adapter on {base}, which is not there any more. {mend}")
+    return base
+
+
 def check_safetensors(file: Path) -> None:
     """Check that a safetensors file is as long as its header says. Reads the header alone.
 
@@ -139,9 +163,12 @@ def check_safetensors(file: Path) -> None:
         )
 
 
-def _check_named(name: str, *, trust_remote_code: bool) -> None:
-    _check_exists("model.name_or_path", name)
-    if not is_hub_name(name):
+def _check_named(key: str, name: str, *, trust_remote_code: bool) -> None:
+    _check_exists(key, name)
+    if folder := adapter_folder(name):
+        check_safetensors(folder / ADAPTER_WEIGHTS)
+        _check_named(key, base_of(folder), trust_remote_code=trust_remote_code)
+    elif not is_hub_name(name):
         check_folder(Path(resolve(name)), trust_remote_code=trust_remote_code)
 
 
@@ -183,8 +210,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _why_no_config(folder: Path) -> str:
     if folder.is_file():
         return "it is a file. Give the folder that holds config.json and model.safetensors"
-    if (folder / "adapter_config.json").is_file():
-        return "it holds an adapter alone. Give the folder of its base model"
     if (folder / "run.json").is_file():
         return "it is the folder of a run that has not finished. Finish it with --resume, or give another folder"
     return "it has no config.json. Give a folder written by save_pretrained"

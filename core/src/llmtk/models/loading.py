@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
 
 from llmtk.errors import ConfigurationError, ModelLoadError
-from llmtk.models.checks import build_config, check_origin, is_hub_name, resolve, where
+from llmtk.models.checks import adapter_folder, base_of, build_config, check_origin, is_hub_name, resolve, where
 from llmtk.models.errors import loading, quietly
 from llmtk.models.tokenizers import stop_token_ids
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,7 +38,8 @@ def load_model(
         tokenizer: What ``load_tokenizer`` gave for it. Its padding token becomes the model's.
         trainable: Whether the run trains it. If not, it is in eval mode and none of its parameters wants a gradient.
         compute_dtype: What the run computes in: the dtype under ``auto`` of weights that are not trained.
-        frozen_base: Whether only an adapter on it is trained.
+        frozen_base: Whether only an adapter on it is trained. So it is where the name is that of an adapter, which
+            comes on its base.
         seed: Draws the weights that are new. torch's global generator stays as it is.
 
     Raises:
@@ -45,11 +47,16 @@ def load_model(
         ModelLoadError: A model that cannot be loaded, lacks weights, or has weights that are not finite.
     """
     check_origin(config)
+    adapter = adapter_folder(config.name_or_path)
+    if adapter:
+        config, frozen_base = config.model_copy(update={"name_or_path": base_of(adapter)}), True
     dtype = _weights_dtype(config, compute_dtype, trained=trainable and not frozen_base)
     with seeded(seed):
         model = _from_scratch(config, tokenizer, dtype) if config.from_config else pretrained(config, dtype)
         fit_embeddings(model, tokenizer)
     set_padding(model, tokenizer)
+    if adapter:
+        model = continue_adapter(model, adapter)
     if not trainable:
         model.requires_grad_(False).eval()
     return model
@@ -74,6 +81,20 @@ def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def continue_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Put a saved adapter on its base, in float32 and to be trained on; what it does not train is frozen.
+
+    Raises:
+        ModelLoadError: It does not fit the model, or has weights that are not finite.
+    """
+    from peft import PeftModel
+
+    with loading(f"the adapter {folder}"), quietly():
+        adapted: Any = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    check_finite(adapted, str(folder))
+    return cast("PreTrainedModel", adapted)
 
 
 def check_finite(model: nn.Module, name: str) -> None:

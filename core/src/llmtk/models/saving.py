@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtk.config.sections import ModelConfig
-from llmtk.errors import ModelLoadError
-from llmtk.models.checks import check_safetensors, resolve
+from llmtk.models.checks import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of, check_safetensors, resolve
 from llmtk.models.errors import loading, quietly
 from llmtk.models.loading import check_finite, fit_embeddings, pretrained, seeded, set_padding
 from llmtk.models.tokenizers import load_tokenizer
@@ -16,8 +14,6 @@ from llmtk.models.tokenizers import load_tokenizer
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
@@ -36,7 +32,8 @@ def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
         if isinstance(config.target_modules, set):  # written in an order that changes from process to process
             config.target_modules = sorted(config.target_modules)
     with quietly():
-        model.save_pretrained(folder)
+        # An adapter kept as the reference is not what was trained.
+        model.save_pretrained(folder, **({"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}))
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -66,29 +63,13 @@ def _load_adapter(folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
 
     check_safetensors(folder / ADAPTER_WEIGHTS)
     own_tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
-    base, tokenizer = _load_full(_base_of(folder), own_tokenizer)
+    base, tokenizer = _load_full(base_of(folder), own_tokenizer)
     with loading(f"the adapter {folder}"), quietly():
         model = PeftModel.from_pretrained(base, folder)
     check_finite(model, str(folder))
     if (folder / "generation_config.json").is_file():
         base.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval(), tokenizer
-
-
-def _base_of(folder: Path) -> str:
-    with loading(f"the adapter {folder}"):
-        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    if not isinstance(base, str):
-        raise ModelLoadError(
-            f"{folder} is an adapter that does not say which model it belongs to. {_mend_base(folder)}"
-        )
-    if Path(base).is_absolute() and not Path(base).is_dir():
-        raise ModelLoadError(f"{folder} is an adapter on {base}, which is not there any more. {_mend_base(folder)}")
-    return base
-
-
-def _mend_base(folder: Path) -> str:
-    return f"Put the base model's folder into base_model_name_or_path of {folder / ADAPTER_CONFIG}"
 
 
 def _absolute(name: str | None) -> str | None:

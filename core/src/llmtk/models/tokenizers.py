@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from llmtk.errors import ConfigurationError
-from llmtk.models.checks import check_model, resolve, where
+from llmtk.models.checks import adapter_folder, base_of, check_model, resolve, where
 from llmtk.models.errors import loading
 
 if TYPE_CHECKING:
@@ -102,13 +102,20 @@ def _pretrained(config: ModelConfig, name: str | None) -> PreTrainedTokenizerFas
     from transformers import AutoTokenizer
 
     key, name, revision = (
-        ("model.tokenizer", name, None) if name else ("model.name_or_path", str(config.name_or_path), config.revision)
+        ("model.tokenizer", name, None) if name else ("model.name_or_path", _named(config), config.revision)
     )
     mend = "Give model.tokenizer: a folder with tokenizer.json and tokenizer_config.json."
     with loading(f"{key}: the tokenizer of {where(name)}", mend):
         return AutoTokenizer.from_pretrained(
             resolve(name), revision=revision, trust_remote_code=config.trust_remote_code
         )
+
+
+def _named(config: ModelConfig) -> str:
+    """Return the model that the tokenizer comes with: an adapter's base, where the adapter has none."""
+    name = str(config.name_or_path)
+    folder = adapter_folder(name)
+    return base_of(folder) if folder and not (folder / "tokenizer_config.json").is_file() else name
 
 
 def _is_in_use(tokenizer: PreTrainedTokenizerFast, token: str) -> bool:

@@ -124,15 +124,15 @@ def remove_later(folder: Path, step: int) -> list[Path]:
     return later
 
 
-def save_weights(file: Path, root: nn.Module) -> None:
+def save_weights(file: Path, root: nn.Module, *, frozen_too: bool = False) -> None:
     """Write the trained parameters and the persistent buffers. What is frozen is loaded from where it came from."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in _kept(root).items()}, file)
+    save_file({name: tensor.detach().contiguous() for name, tensor in _kept(root, frozen_too).items()}, file)
 
 
-def load_weights(file: Path, root: nn.Module) -> None:
+def load_weights(file: Path, root: nn.Module, *, frozen_too: bool = False) -> None:
     """Put weights back, without a cast. CheckpointError where names, shapes or types differ."""
     saved = load_file(file)
-    kept = _kept(root)
+    kept = _kept(root, frozen_too)
     if saved.keys() != kept.keys():
         raise CheckpointError(f"{file} does not fit the model: {_difference(saved.keys(), kept.keys())}")
     for name, tensor in kept.items():
@@ -247,8 +247,8 @@ def _recover(folder: Path) -> None:
             retired.rename(path)
 
 
-def _kept(root: nn.Module) -> dict[str, Tensor]:
-    trained = {name: parameter.data for name, parameter in root.named_parameters() if parameter.requires_grad}
+def _kept(root: nn.Module, frozen_too: bool) -> dict[str, Tensor]:
+    trained = {name: p.data for name, p in root.named_parameters() if p.requires_grad or frozen_too}
     persistent = root.state_dict(keep_vars=True).keys()
     return trained | {name: buffer for name, buffer in root.named_buffers() if name in persistent}
 

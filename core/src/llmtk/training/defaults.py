@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from typing import TYPE_CHECKING, Any, cast
 
-from llmtk.contract import Data, Models
+from llmtk.contract import REFERENCE, Data, Models
 from llmtk.errors import ConfigurationError
 from llmtk.training import optimizers
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torch import nn
 
     from llmtk.contract import Dataset, RunView
     from llmtk.data import Row
@@ -22,12 +25,18 @@ if TYPE_CHECKING:
 def build_models(view: RunView) -> Models:
     """Load or make the configuration's model, with an adapter if it asks for one."""
     from llmtk.models.adapters import add_adapter
+    from llmtk.models.checks import adapter_folder
     from llmtk.models.loading import load_model
 
     run = cast("Run", view)
     config = run.config
     if run.opened is not None:
-        return Models(run.opened)
+        return _opened(run, run.opened)
+    if config.peft is not None and adapter_folder(config.model.name_or_path):
+        raise ConfigurationError(
+            "peft: model.name_or_path is an adapter, which is trained on as it is. Leave peft out, or give the folder "
+            "of a full model (a merged one, to keep what the adapter has learnt)"
+        )
     if config.peft is not None and config.model.from_config is not None:
         raise ConfigurationError("peft needs a trained model: model.from_config has random weights. Leave peft out")
     model: Any = load_model(
@@ -42,7 +51,67 @@ def build_models(view: RunView) -> Models:
         # transformers 5.23 has another name for it, and warns of the one that 5.17 knows.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return Models(model if config.peft is None else add_adapter(model, config.peft, config.train.seed))
+    return _with_reference(run, model if config.peft is None else add_adapter(model, config.peft, config.train.seed))
+
+
+def _with_reference(run: Run, root: nn.Module) -> Models:
+    """Put the reference beside the policy, in the cheapest way that is exact."""
+    from llmtk.models.references import frozen_copy, is_continued, load_reference, view_of
+
+    config, wanted = run.config, run.stage.reference
+    dtype = run.backend.compute_dtype
+    if wanted == "none":
+        if config.model.reference:
+            raise ConfigurationError(
+                f"model.reference: {run.stage_name} uses no reference with these options; remove it"
+            )
+        return Models(root)
+    if config.model.reference:
+        frozen = load_reference(config.model, run.tokenizer, dtype, _dtype_of(root))
+    elif wanted == "changing":
+        if hasattr(root, "peft_config"):
+            raise ConfigurationError(
+                "a reference that moves with the policy needs a model of its own, and that of an adapter is the same "
+                "model with the adapter switched off. Train in full, without peft, or leave the reference where it is"
+            )
+        frozen = copy.deepcopy(root).requires_grad_(False).eval()
+    elif config.train.precompute_reference:
+        return Models(root, views={REFERENCE: contextlib.nullcontext})  # it is computed before anything is trained
+    elif view := view_of(root, continued=is_continued(config.model)):
+        return Models(root, views={REFERENCE: view})
+    else:
+        frozen = frozen_copy(root, dtype)
+    return Models(root, {REFERENCE: frozen}, changing=frozenset({REFERENCE} if wanted == "changing" else ()))
+
+
+def _opened(run: Run, root: nn.Module) -> Models:
+    """Put what was the reference beside a finished run's model."""
+    from llmtk.models.checks import adapter_folder
+    from llmtk.models.loading import load_model
+    from llmtk.models.references import load_reference, view_of
+
+    config, dtype = run.config.model, run.backend.compute_dtype
+    if run.stage.reference == "none":
+        return Models(root)
+    if run.stage.reference == "changing":
+        raise ConfigurationError(
+            f"{run.output_dir}: the reference of this run moved with the policy and is not kept beside the exported "
+            "model, so that the run cannot be evaluated again"
+        )
+    was_fresh = config.reference is None and adapter_folder(config.name_or_path) is None
+    if was_fresh and (view := view_of(root, continued=False)):
+        return Models(root, views={REFERENCE: view})
+    if config.from_config and not config.reference:
+        seed = run.config.train.seed
+        frozen: nn.Module = load_model(config, run.tokenizer, trainable=False, compute_dtype=dtype, seed=seed)
+    else:
+        named = config.model_copy(update={"reference": config.reference or config.name_or_path})
+        frozen = load_reference(named, run.tokenizer, dtype, _dtype_of(root))
+    return Models(root, {REFERENCE: frozen})
+
+
+def _dtype_of(root: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in root.parameters())
 
 
 def build_data(view: RunView) -> Data:

@@ -46,6 +46,8 @@ def restore(run: Run, path: Path) -> None:
     _check_environment(run, saved["environment"])
     checkpoints.load_weights(path / "weights.safetensors", run.model)
     optimizer = run.optimizer
+    for name in sorted(run.changing):
+        checkpoints.load_weights(path / f"frozen-{name}.safetensors", run.frozen[name], frozen_too=True)
     checkpoints.load_optimizer(path / "optimizer.safetensors", run.model, optimizer, saved["optimizer"])
     run.scheduler.load_state_dict(saved["scheduler"])
     if run.backend.accelerator.scaler is not None and saved["scaler"]:
@@ -86,6 +88,8 @@ def environment() -> dict[str, Any]:
 
 def _write_shared(run: Run, folder: Path) -> None:
     checkpoints.save_weights(folder / "weights.safetensors", run.model)
+    for name in sorted(run.changing):
+        checkpoints.save_weights(folder / f"frozen-{name}.safetensors", run.frozen[name], frozen_too=True)
     optimizer = checkpoints.save_optimizer(folder / "optimizer.safetensors", run.model, run.optimizer)
     scaler = run.backend.accelerator.scaler
     saved = {
