@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -176,6 +176,25 @@ class Batch:
             per_target={name: column[targets] for name, column in self.per_target.items()},
             places=[self.places[index] for index in chosen.tolist()],
         )
+
+    def with_columns(
+        self,
+        *,
+        per_group: Mapping[str, Tensor] | None = None,
+        per_sequence: Mapping[str, Tensor] | None = None,
+        per_target: Mapping[str, Tensor] | None = None,
+    ) -> Batch:
+        """Return this batch with more columns: (groups, ...), (sequences, ...), (targets, ...). ValueError otherwise."""
+        targets = int(self.targets.sum())
+        sizes = {"per_group": len(self), "per_sequence": len(self.sequence_group), "per_target": targets}
+        added = {"per_group": per_group or {}, "per_sequence": per_sequence or {}, "per_target": per_target or {}}
+        for kind, columns in added.items():
+            for name, column in columns.items():
+                if len(column) != sizes[kind]:
+                    raise ValueError(f"the column {name!r} has {len(column)} values, {kind} it takes {sizes[kind]}")
+        device = self.tokens.device
+        moved = {kind: {n: column.to(device) for n, column in columns.items()} for kind, columns in added.items()}
+        return replace(self, **{kind: getattr(self, kind) | columns for kind, columns in moved.items()})
 
     def to(self, device: torch.device | str) -> Batch:
         """Return this batch with every tensor on the device."""

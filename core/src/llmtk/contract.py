@@ -77,6 +77,8 @@ class Demo:
     measure: Callable[[RunView], float]
     """Measures the figure on held-out rows."""
     higher_is_better: bool = True
+    also: Mapping[str, Callable[[RunView], float]] = field(default_factory=dict)
+    """Further figures by name, measured and shown beside."""
 
 
 class RunView(Protocol):

@@ -522,7 +522,7 @@ class Run:
         self.console.end(self.state.step)
         return self._finish(before)
 
-    def _finish(self, before: float | None) -> Result:
+    def _finish(self, before: Mapping[str, float] | None) -> Result:
         """Export the model, write results, and say what came of it."""
         best = self.state.best
         path = checkpoints.path_of(self.checkpoints, best.step) if best else None
@@ -532,8 +532,8 @@ class Run:
             self.notify(f"The exported model is the best one, of step {best.step}")
         metrics = dict(self.state.last_evaluation)
         if self.demo:
-            after = self._measure()
-            metrics |= {"figure_after": after} | ({} if before is None else {"figure_before": before})
+            metrics |= {f"{name}_before": value for name, value in (before or {}).items()}
+            metrics |= {f"{name}_after": value for name, value in self._measure().items()}
         result = Result(
             final_loss=self.state.last_loss,
             best_metric=best.value if best else None,
@@ -548,10 +548,10 @@ class Run:
         summary.say_result(self, result)
         return result
 
-    def _measure(self) -> float:
+    def _measure(self) -> dict[str, float]:
         assert self.demo is not None
         with self.randomness.aside("demo"), eval_mode(self.model), torch.no_grad():
-            return self.demo.measure(self)
+            return {"figure": self.demo.measure(self)} | {name: fn(self) for name, fn in self.demo.also.items()}
 
     # Small things
 

@@ -19,7 +19,7 @@ from llmtk.scoring.proof import why_not_packed
 from .kit import build, shared
 
 TARGETS, WIDTH, VOCABULARY = 37, 24, 211
-ALSO = ("entropy", "vocab_mean", "top1")
+ALSO = ("entropy", "vocab_mean", "square_sum", "top1")
 SHAPES = [HeadShape(), HeadShape(scale=0.4), HeadShape(cap=2.5), HeadShape(scale=1.7, cap=1.5)]
 
 
@@ -44,7 +44,8 @@ def exact(hidden, linear, targets, upstream, shape):
     logps = logits - logits.logsumexp(-1, keepdim=True)
     values = torch.stack([logps[range(TARGETS), targets], -(logps.exp() * logps).sum(-1), logps.mean(-1)])
     (values * upstream).sum().backward()
-    return values.detach(), [leaf.grad for leaf in leaves], logits.argmax(-1) == targets
+    squares = logps.detach().exp().square().sum(-1)
+    return values.detach(), [leaf.grad for leaf in leaves], (logits.argmax(-1) == targets, squares)
 
 
 def fused(hidden, linear, targets, upstream, shape, also=ALSO):
@@ -63,8 +64,9 @@ def assert_near(found, expected, relative=1e-5):
 def test_values_and_gradients_are_the_closed_forms(shape, bias, tile, monkeypatch):
     """With gradients into log-prob, entropy and the vocabulary's mean at once."""
     monkeypatch.setattr(head, "TILE_ELEMENTS", tile)
-    values, wanted, likeliest = exact(*inputs(bias), shape)
+    values, wanted, (likeliest, squares) = exact(*inputs(bias), shape)
     found, gradients = fused(*inputs(bias), shape)
+    assert_near(found.square_sum, squares)
     for value, expected in zip((found.logps, found.entropy, found.vocab_mean), values, strict=True):
         assert value.dtype == torch.float32
         assert_near(value.detach(), expected)

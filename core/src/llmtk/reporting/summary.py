@@ -32,9 +32,11 @@ def say_result(run: Run, result: Result) -> None:
     """Print what came of the run."""
     say = run.console.say
     if run.demo:
-        after, before = result.metrics["figure_after"], result.metrics.get("figure_before")
-        was = "" if before is None else f"{before:.3g} before, "
-        say(f"{run.demo.figure} on held-out rows: {was}{after:.3g} after {result.steps} steps")
+        figures = {"figure": run.demo.figure} | {name: name for name in run.demo.also}
+        for key, name in figures.items():
+            after, before = result.metrics[f"{key}_after"], result.metrics.get(f"{key}_before")
+            was = "" if before is None else f"{before:.3g} before, "
+            say(f"{name} on held-out rows: {was}{after:.3g} after {result.steps} steps")
     loss = "not logged" if result.final_loss is None else f"{result.final_loss:.4f}"
     why = f" ({run.state.stopped_by} stopped the run)" if run.state.stopped_by else ""
     say(f"Done: {result.steps} steps{why}, loss {loss}. Model, metrics and plot are in {result.output_dir}")

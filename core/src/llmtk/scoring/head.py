@@ -31,11 +31,13 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class HeadScores:
-    """Per target (targets,), float32: log-prob; entropy, mean log-prob over the vocabulary and top-1 if asked for."""
+    """Per target (targets,), float32: log-prob; if asked for entropy, mean log-prob over the vocabulary, the sum of
+    squared probabilities (no gradient) and top-1."""
 
     logps: Tensor
     entropy: Tensor | None = None
     vocab_mean: Tensor | None = None
+    square_sum: Tensor | None = None
     top1: Tensor | None = None
 
 
@@ -47,13 +49,9 @@ def head_scores(
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     fused: Any = _FusedHead.apply
-    logps, entropy, vocab_mean, top1 = fused(hidden, head.weight, head.bias, targets, shape, also)
-    return HeadScores(
-        logps,
-        entropy if "entropy" in also else None,
-        vocab_mean if "vocab_mean" in also else None,
-        top1 if "top1" in also else None,
-    )
+    logps, *extras = fused(hidden, head.weight, head.bias, targets, shape, also)
+    names = ("entropy", "vocab_mean", "square_sum", "top1")
+    return HeadScores(logps, **{name: value for name, value in zip(names, extras, strict=True) if name in also})
 
 
 class _FusedHead(torch.autograd.Function):
@@ -62,9 +60,9 @@ class _FusedHead(torch.autograd.Function):
         shape, also = rest
         rows, vocabulary = len(hidden), len(weight)
         lse = hidden.new_full((rows,), torch.finfo(torch.float32).min, dtype=torch.float32)
-        # sum_v p_v log p_v of what was seen so far (lse minus sum_v p_v z_v would cancel); sum_v z_v; the largest
-        # logit, and which it is.
-        negentropy, total = torch.zeros_like(lse), torch.zeros_like(lse)
+        # sum_v p_v log p_v of what was seen so far (lse minus sum_v p_v z_v would cancel); sum_v z_v; sum_v p_v^2; the
+        # largest logit, and which it is.
+        negentropy, total, squares = torch.zeros_like(lse), torch.zeros_like(lse), torch.zeros_like(lse)
         largest, likeliest = torch.full_like(lse, -torch.inf), torch.zeros_like(targets)
         chosen = torch.zeros_like(lse)
         for start, stop in _tiles(rows, vocabulary):
@@ -73,6 +71,8 @@ class _FusedHead(torch.autograd.Function):
             if "entropy" in also:
                 shift, log_probability = lse - new_lse, logits - new_lse[:, None]
                 negentropy = shift.exp() * (negentropy + shift) + (log_probability.exp() * log_probability).sum(-1)
+            if "square_sum" in also:
+                squares = (2 * (lse - new_lse)).exp() * squares + (2 * (logits - new_lse[:, None])).exp().sum(-1)
             if "vocab_mean" in also:
                 total += logits.sum(-1)
             if "top1" in also:
@@ -87,8 +87,8 @@ class _FusedHead(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.shape, ctx.also = shape, also
         top1 = likeliest == targets
-        ctx.mark_non_differentiable(top1)
-        return chosen - lse, entropy, total / vocabulary - lse, top1
+        ctx.mark_non_differentiable(squares, top1)
+        return chosen - lse, entropy, total / vocabulary - lse, squares, top1
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from llmtk.scoring import attention
 from llmtk.scoring.head import TILE_ELEMENTS, HeadScores, HeadShape, head_scores, shaped
 from llmtk.scoring.layout import Layout
-from llmtk.scoring.scores import Scores, checked
+from llmtk.scoring.scores import ALSO, Scores, checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -55,7 +55,7 @@ def score(root: Callable[..., Any], batch: Batch, also: Iterable[str] = ()) -> S
         return _named(head_scores(hidden, head, targets, shape, wanted))
 
     found = _ask(root, batch, of)
-    return Scores(batch, found["logps"], found.get("entropy"), found.get("vocab_mean"), found.get("top1"))
+    return Scores(batch, **{name: found[name] for name in ("logps", *ALSO) if name in found})
 
 
 def map_logits(root: Callable[..., Any], batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor]) -> Tensor:

@@ -27,13 +27,15 @@ def score(root: Forward, batch: Batch, also: Iterable[str] = ()) -> Scores:
     logits = target_logits(root, batch).float()
     targets = batch.target_tokens
     extras: dict[str, Tensor] = {}
-    if wanted & {"entropy", "vocab_mean"}:
+    if wanted & {"entropy", "vocab_mean", "square_sum"}:
         all_logps = logits.log_softmax(-1)
         logps = all_logps.gather(-1, targets[:, None]).squeeze(-1)
         if "entropy" in wanted:
             extras["entropy"] = -(all_logps.exp() * all_logps).sum(-1)
         if "vocab_mean" in wanted:
             extras["vocab_mean"] = all_logps.mean(-1)
+        if "square_sum" in wanted:
+            extras["square_sum"] = (2 * all_logps.detach()).exp().sum(-1)
     else:
         logps = -F.cross_entropy(logits, targets, reduction="none")
     if "top1" in wanted:

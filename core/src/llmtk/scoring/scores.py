@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from llmtk.batch import Batch
 
-ALSO = ("entropy", "vocab_mean", "top1")
+ALSO = ("entropy", "vocab_mean", "square_sum", "top1")
 """What can be asked for beside log-probs, from the same pass."""
 
 
@@ -30,13 +30,15 @@ class Scores:
     """Log-probs of a batch's target tokens, in the batch's order; natural logarithms, float32.
 
     `logps` (targets,). On request, also (targets,): `entropy` of the predicted distribution in nats; `vocab_mean`, the
-    mean log-prob over the vocabulary (label smoothing); `top1`, whether the target was the likeliest token.
+    mean log-prob over the vocabulary (label smoothing); `square_sum`, the sum of the squared probabilities, without
+    gradient; `top1`, whether the target was the likeliest token.
     """
 
     batch: Batch
     logps: Tensor
     entropy: Tensor | None = None
     vocab_mean: Tensor | None = None
+    square_sum: Tensor | None = None
     top1: Tensor | None = None
 
     def sum(self) -> Tensor:
