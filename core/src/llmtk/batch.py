@@ -184,7 +184,7 @@ class Batch:
         per_sequence: Mapping[str, Tensor] | None = None,
         per_target: Mapping[str, Tensor] | None = None,
     ) -> Batch:
-        """Return this batch with more columns: (groups, ...), (sequences, ...), (targets, ...). ValueError otherwise."""
+        """Return this batch with more columns, (groups, ...) or (sequences, ...) or (targets, ...); else ValueError."""
         targets = int(self.targets.sum())
         sizes = {"per_group": len(self), "per_sequence": len(self.sequence_group), "per_target": targets}
         added = {"per_group": per_group or {}, "per_sequence": per_sequence or {}, "per_target": per_target or {}}
