@@ -167,13 +167,14 @@ def _state(root: nn.Module) -> list[tuple[Any, Any, str | None]]:
 def _prove(root: nn.Module, causal: Any, watched: list[nn.Parameter], measured: dict[str, float], *, what: str) -> None:
     """Patch a root, if both ways agree on random sequences, some behind a shared prefix. CannotPack if they do not."""
     batch = _probe(causal.config.get_text_config()).to(next(causal.parameters()).device)
-    near, near_gradient = TOLERANCE.get(next(root.parameters()).dtype, TOLERANCE[torch.bfloat16])
+    coarsest = max((parameter.dtype for parameter in root.parameters()), key=_coarseness)
+    near, near_gradient = TOLERANCE.get(coarsest, TOLERANCE[torch.bfloat16])
     try:
         # Before the patch, by whose name a model might choose another way.
-        with _evaluating(root):
+        with _evaluating(root, coarsest):
             expected = _score(padded.score, root, batch, watched)
         with _patched(root) as keep:
-            with _evaluating(root):
+            with _evaluating(root, coarsest):
                 found = _score(packed.score, root, batch, watched)
                 plain = _score(padded.score, root, batch, [])
             distance = measured[f"log-probs of {what}"] = _distance(found[0], expected[0])
@@ -187,7 +188,8 @@ def _prove(root: nn.Module, causal: Any, watched: list[nn.Parameter], measured: 
                 raise CannotPack(f"packed gradients of {what} are off by {distance:.1e}, more than {near_gradient:.0e}")
             if not (distance := _distance(plain[0], expected[0])) <= near:
                 raise CannotPack(f"beside packed attention, the plain forward of {what} is off by {distance:.1e}")
-            _prove_training(root, batch)
+            with _autocast(root, coarsest):
+                _prove_training(root, batch)
             keep()
     except CannotPack:
         raise
@@ -195,13 +197,25 @@ def _prove(root: nn.Module, causal: Any, watched: list[nn.Parameter], measured: 
         raise CannotPack(f"packed scoring fails on {what} ({_short(error)})") from error
 
 
+def _coarseness(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+
+
+def _autocast(root: nn.Module, coarsest: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which weights of several dtypes, as a reference has, compute together."""
+    parameter = next(root.parameters())
+    mixed = any(other.dtype != parameter.dtype for other in root.parameters())
+    return torch.autocast(parameter.device.type, coarsest) if mixed else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
-def _evaluating(root: nn.Module) -> Iterator[None]:
+def _evaluating(root: nn.Module, coarsest: torch.dtype) -> Iterator[None]:
     """Put a root into eval mode, and each of its modules back to what it was."""
     modes = [(module, module.training) for module in root.modules()]
     root.eval()
     try:
-        yield
+        with _autocast(root, coarsest):
+            yield
     finally:
         for module, training in modes:
             module.training = training
