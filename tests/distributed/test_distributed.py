@@ -93,7 +93,18 @@ def without(lines: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
 
 # The same training
 
-TRAININGS = ("sgd", "adamw", "accumulated", "clipped", "unequal", "tail", "tail_of_three", "lora", "zero_weight")
+TRAININGS = (
+    "sgd",
+    "adamw",
+    "accumulated",
+    "clipped",
+    "unequal",
+    "dealt",
+    "tail",
+    "tail_of_three",
+    "lora",
+    "zero_weight",
+)
 
 
 def by_kind(weights: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +148,18 @@ def test_a_token_budget_cuts_ranks_unequally_and_they_keep_step(answer: Answers)
     first, second = (answer("unequal", 2, rank)["forwards"] for rank in (0, 1))
     assert first == second
     assert set(first[1:]) == {4}, "four long rows of 40 tokens stand alone; the four short ones fit into fewer"
+
+
+def test_rows_are_dealt_by_length_and_ranks_have_equally_much_to_do(answer: Answers) -> None:
+    """In turns, one rank has the long rows and the other the short ones."""
+    for check, bounds in (("unequal", (0.2, 0.4)), ("dealt", (0.95, 1.05))):
+        first, second = (answer(check, 2, rank) for rank in (0, 1))
+        assert first["shares"] == second["shares"] == [4] * 20
+        for long, short, whole in zip(first["tokens"], second["tokens"], answer(check, 1)["tokens"], strict=True):
+            assert long + short == whole
+            assert bounds[0] < short / long < bounds[1]
+        assert first["forwards"] == second["forwards"]
+    assert sum(answer("dealt", 2)["forwards"]) < sum(answer("unequal", 2)["forwards"])
 
 
 def test_a_rank_without_rows_takes_part(answer: Answers) -> None:
@@ -273,8 +296,9 @@ def test_what_stages_ask_is_collective_also_without_rows(answer: Answers) -> Non
     assert len(one) == len(first) == len(second) == 4
     assert any(not round["rows"] for round in second), "a rank without rows was among them"
     for whole, left, right in zip(one, first, second, strict=True):
-        assert _dealt(left["rows"], right["rows"]) == whole["rows"]
-        assert _dealt(left["drawn"], right["drawn"]) == whole["drawn"]
+        for asked in ("rows", "drawn"):
+            assert sorted(left[asked] + right[asked]) == sorted(whole[asked])
+            assert len(left[asked]) - len(right[asked]) in (0, 1)
         assert len(whole["drawn"]) == 3
         assert left["sum"] == right["sum"] == {"rows": len(whole["rows"]), "rank 0": 1.5, "rank 1": 1.5}
         assert left["gathered"] == right["gathered"]
@@ -283,13 +307,6 @@ def test_what_stages_ask_is_collective_also_without_rows(answer: Answers) -> Non
         for found in (whole, left, right):
             assert found["scored"] == [True, [len(found["rows"])]]
             assert found["training"], "scoring in eval mode leaves the model in training"
-
-
-def _dealt(left: list[str], right: list[str]) -> list[str]:
-    """Put two ranks' shares together again: rows are dealt in turns."""
-    together = [None] * (len(left) + len(right))
-    together[0::2], together[1::2] = left, right
-    return together
 
 
 def test_a_checkpoint_of_another_number_of_ranks_is_refused(answer: Answers) -> None:

@@ -35,9 +35,10 @@ def encode(
 ) -> tuple[Dataset, EncodingReport]:
     """Return the rows as tokens, in their order, and a report of what was cut, left out or moved.
 
-    The data set is in memory. Its columns: ``input_ids`` (int32 list), ``place`` (text) and, but for documents,
-    ``targets`` (boolean list, as long as ``input_ids``; a sequence's first token is never a target). A sequence is cut
-    at, or left out over, ``config.max_length`` tokens; documents are neither.
+    The data set is in memory. Its columns: ``input_ids`` (int32 list), ``length`` (int32, the tokens of the row),
+    ``place`` (text) and, but for documents, ``targets`` (boolean list, as long as ``input_ids``; a sequence's first
+    token is never a target). A sequence is cut at, or left out over, ``config.max_length`` tokens; documents are
+    neither.
 
     ``vocab_size`` is the number of the model's embeddings, if it is known.
 
@@ -136,6 +137,7 @@ def _table(batch: list[Encoded]) -> pyarrow.Table:
     if targets:
         assert len(targets) == len(batch), "documents and rows with targets don't mix"
         columns["targets"] = _lists(targets, np.bool_)
+    columns["length"] = pa.array([len(item.ids) for item in batch], pa.int32())
     columns["place"] = pa.array([item.place for item in batch], pa.string())
     return pa.table(columns)
 
