@@ -26,8 +26,11 @@ ACCELERATE += ("--main_process_port",)
 Answers = Callable[..., dict[str, Any]]
 
 
-def launch(out: Path, *launcher: str, checks: tuple[str, ...] = ()) -> None:
-    """Run the worker, alone or under a launcher that ends with the option for its port. Fails where it hangs."""
+def launch(out: Path, *launcher: str, checks: tuple[str, ...] = ()) -> str:
+    """Run the worker, alone or under a launcher that ends with the option for its port. Fails where it hangs.
+
+    Returns what it said, on both streams.
+    """
     launcher = (*launcher, free_port()) if launcher else ()
     # As torchrun sets it: with other threads, sums round otherwise.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -41,6 +44,7 @@ def launch(out: Path, *launcher: str, checks: tuple[str, ...] = ()) -> None:
         pytest.fail(f"the processes hang; the end of what they said:\n{told[-6000:]}")
     if done.returncode:
         pytest.fail(f"exit code {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done.stdout + done.stderr
 
 
 def free_port() -> str:
@@ -54,7 +58,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all answers: those of one rank, then of two."""
     folder = tmp_path_factory.mktemp("distributed")
     launch(folder)
-    launch(folder, *TORCHRUN)
+    (folder / "said").write_text(launch(folder, *TORCHRUN))
     return folder
 
 
@@ -307,6 +311,16 @@ def test_what_stages_ask_is_collective_also_without_rows(answer: Answers) -> Non
         for found in (whole, left, right):
             assert found["scored"] == [True, [len(found["rows"])]]
             assert found["training"], "scoring in eval mode leaves the model in training"
+
+
+def test_a_rank_may_run_the_model_alone_without_gradient(answer: Answers) -> None:
+    for rank in (0, 1):
+        assert answer("a_forward_alone", 2, rank)["steps"] == 2
+
+
+def test_two_processes_print_no_warning(out: Path, answer: Answers) -> None:
+    assert "== sgd" in (out / "said").read_text()
+    assert [line for line in (out / "said").read_text().splitlines() if "Warning" in line] == []
 
 
 def test_a_checkpoint_of_another_number_of_ranks_is_refused(answer: Answers) -> None:

@@ -582,6 +582,23 @@ def asking(world: World) -> Answer:
     return answer | {"asked": run.stage.asked}
 
 
+class Alone(Probe):
+    """The last rank runs the model once more than the others: without gradient."""
+
+    name = "alone"
+
+    def prepare_batch(self, run, rows):
+        round = super().prepare_batch(run, rows)
+        if run.rank == run.world_size - 1:
+            with torch.no_grad():
+                run.score(round.windows[0])
+        return round
+
+
+def a_forward_alone(world: World) -> Answer:
+    return trained(make(world, "alone", Alone, max_steps=2))
+
+
 # Resuming
 
 
@@ -623,6 +640,7 @@ CHECKS: list[Callable[[World], Answer]] = [
     broken_save,
     broken_export,
     asking,
+    a_forward_alone,
     checkpoint_of_this_world,
     resume_of_other_world,
 ]
