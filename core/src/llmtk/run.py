@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -323,9 +325,14 @@ class Run:
         """Return the name of the signal that asked to stop."""
         return signal.Signals(self._signal).name if self._signal is not None else "nobody"
 
-    def schedule_step(self) -> None:
-        """Move the learning rate on, unless the schedule waits for evaluations."""
-        if not self._schedule_waits:
+    def schedule_step(self, refused: bool = False) -> None:
+        """Move the learning rate on, after a refused step too, unless the schedule waits for evaluations."""
+        if self._schedule_waits:
+            return
+        with warnings.catch_warnings() if refused else contextlib.nullcontext():
+            if refused:
+                # Where the first step is, torch takes it for a loop that has the order of the two wrong.
+                warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
             self.scheduler.step()
 
     def schedule_evaluated(self, metrics: Mapping[str, float]) -> None:
