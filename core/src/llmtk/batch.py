@@ -326,7 +326,8 @@ def _members(group_of: Tensor, chosen: Tensor, groups: int) -> Tensor:
     counts = torch.bincount(group_of, minlength=groups)
     starts = counts.cumsum(0) - counts
     counts, starts = counts[chosen], starts[chosen]
-    within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    within = torch.arange(int(counts.sum()), device=counts.device)
+    within -= (counts.cumsum(0) - counts).repeat_interleave(counts)
     return starts.repeat_interleave(counts) + within
 
 

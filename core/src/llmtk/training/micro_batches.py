@@ -43,8 +43,8 @@ class Cut:
 def cut_window(window: Batch, backend: Backend, *, rows: int, tokens: int | None = None) -> Cut:
     """Cut a window, in order by a number of groups, or by a token budget. All ranks must call it together.
 
-    With a budget, micro-batches are as few as it allows on the rank that needs most, of about equal size on each rank,
-    and the largest comes first: what does not fit into memory shows at the first. A group over the budget stands alone.
+    With a budget, micro-batches are few on the rank that needs most, of about equal size on each rank, and the largest
+    comes first, so that what does not fit into memory shows at once. A group over the budget stands alone.
     """
     sizes = window.group_tokens.tolist()
     packed = pack(sizes, tokens) if tokens else []
