@@ -26,8 +26,11 @@ ACCELERATE += ("--main_process_port",)
 Answers = Callable[..., dict[str, Any]]
 
 
-def launch(out: Path, *launcher: str, checks: tuple[str, ...] = ()) -> None:
-    """Run the worker, alone or under a launcher that ends with the option for its port. Fails where it hangs."""
+def launch(out: Path, *launcher: str, checks: tuple[str, ...] = ()) -> str:
+    """Run the worker, alone or under a launcher that ends with the option for its port. Fails where it hangs.
+
+    Returns what it said, on both streams.
+    """
     launcher = (*launcher, free_port()) if launcher else ()
     # As torchrun sets it: with other threads, sums round otherwise.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -41,6 +44,7 @@ def launch(out: Path, *launcher: str, checks: tuple[str, ...] = ()) -> None:
         pytest.fail(f"the processes hang; the end of what they said:\n{told[-6000:]}")
     if done.returncode:
         pytest.fail(f"exit code {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done.stdout + done.stderr
 
 
 def free_port() -> str:
@@ -54,7 +58,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all answers: those of one rank, then of two."""
     folder = tmp_path_factory.mktemp("distributed")
     launch(folder)
-    launch(folder, *TORCHRUN)
+    (folder / "said").write_text(launch(folder, *TORCHRUN))
     return folder
 
 
@@ -93,7 +97,18 @@ def without(lines: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
 
 # The same training
 
-TRAININGS = ("sgd", "adamw", "accumulated", "clipped", "unequal", "tail", "tail_of_three", "lora", "zero_weight")
+TRAININGS = (
+    "sgd",
+    "adamw",
+    "accumulated",
+    "clipped",
+    "unequal",
+    "dealt",
+    "tail",
+    "tail_of_three",
+    "lora",
+    "zero_weight",
+)
 
 
 def by_kind(weights: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +152,18 @@ def test_a_token_budget_cuts_ranks_unequally_and_they_keep_step(answer: Answers)
     first, second = (answer("unequal", 2, rank)["forwards"] for rank in (0, 1))
     assert first == second
     assert set(first[1:]) == {4}, "four long rows of 40 tokens stand alone; the four short ones fit into fewer"
+
+
+def test_rows_are_dealt_by_length_and_ranks_have_equally_much_to_do(answer: Answers) -> None:
+    """In turns, one rank has the long rows and the other the short ones."""
+    for check, bounds in (("unequal", (0.2, 0.4)), ("dealt", (0.95, 1.05))):
+        first, second = (answer(check, 2, rank) for rank in (0, 1))
+        assert first["shares"] == second["shares"] == [4] * 20
+        for long, short, whole in zip(first["tokens"], second["tokens"], answer(check, 1)["tokens"], strict=True):
+            assert long + short == whole
+            assert bounds[0] < short / long < bounds[1]
+        assert first["forwards"] == second["forwards"]
+    assert sum(answer("dealt", 2)["forwards"]) < sum(answer("unequal", 2)["forwards"])
 
 
 def test_a_rank_without_rows_takes_part(answer: Answers) -> None:
@@ -273,8 +300,9 @@ def test_what_stages_ask_is_collective_also_without_rows(answer: Answers) -> Non
     assert len(one) == len(first) == len(second) == 4
     assert any(not round["rows"] for round in second), "a rank without rows was among them"
     for whole, left, right in zip(one, first, second, strict=True):
-        assert _dealt(left["rows"], right["rows"]) == whole["rows"]
-        assert _dealt(left["drawn"], right["drawn"]) == whole["drawn"]
+        for asked in ("rows", "drawn"):
+            assert sorted(left[asked] + right[asked]) == sorted(whole[asked])
+            assert len(left[asked]) - len(right[asked]) in (0, 1)
         assert len(whole["drawn"]) == 3
         assert left["sum"] == right["sum"] == {"rows": len(whole["rows"]), "rank 0": 1.5, "rank 1": 1.5}
         assert left["gathered"] == right["gathered"]
@@ -285,11 +313,14 @@ def test_what_stages_ask_is_collective_also_without_rows(answer: Answers) -> Non
             assert found["training"], "scoring in eval mode leaves the model in training"
 
 
-def _dealt(left: list[str], right: list[str]) -> list[str]:
-    """Put two ranks' shares together again: rows are dealt in turns."""
-    together = [None] * (len(left) + len(right))
-    together[0::2], together[1::2] = left, right
-    return together
+def test_a_rank_may_run_the_model_alone_without_gradient(answer: Answers) -> None:
+    for rank in (0, 1):
+        assert answer("a_forward_alone", 2, rank)["steps"] == 2
+
+
+def test_two_processes_print_no_warning(out: Path, answer: Answers) -> None:
+    assert "== sgd" in (out / "said").read_text()
+    assert [line for line in (out / "said").read_text().splitlines() if "Warning" in line] == []
 
 
 def test_a_checkpoint_of_another_number_of_ranks_is_refused(answer: Answers) -> None:

@@ -64,7 +64,7 @@ def rows(count: int) -> list[dict[str, str]]:
 
 
 class Probe(SupervisedFineTuning):
-    """Fine-tuning that keeps the first step's gradient, and counts rows and forwards of each window."""
+    """Fine-tuning that keeps the first step's gradient, and counts rows, tokens and forwards of each window."""
 
     name = "probe"
 
@@ -72,6 +72,7 @@ class Probe(SupervisedFineTuning):
         super().__init__(options)
         self.gradient: Answer = {}
         self.shares: list[int] = []
+        self.tokens: list[int] = []
         self.forwards: list[int] = [0]  # the first entry: of a round that a checkpoint brought
 
     def build_optimizer(self, run):
@@ -86,12 +87,22 @@ class Probe(SupervisedFineTuning):
 
     def prepare_batch(self, run, rows):
         self.shares.append(len(rows))
+        self.tokens.append(sum(len(row["input_ids"]) for row in rows))
         self.forwards.append(0)
         return super().prepare_batch(run, rows)
 
     def compute_loss(self, run, batch):
         self.forwards[-1] += 1
         return super().compute_loss(run, batch)
+
+
+class InTurns(Probe):
+    """Its rows do not say how long they are, and so are dealt to the ranks in turns."""
+
+    name = "in-turns"
+
+    def encode_rows(self, run, rows):
+        return super().encode_rows(run, rows).remove_columns("length")
 
 
 class InOrder:
@@ -152,6 +163,7 @@ def trained(run: Run) -> Answer:
         "weights": weights(run),
         "gradient": getattr(stage, "gradient", {}),
         "shares": getattr(stage, "shares", []),
+        "tokens": getattr(stage, "tokens", []),
         "forwards": getattr(stage, "forwards", []),
         "metrics": run.records.read("metrics"),
         "said": run.said,
@@ -199,7 +211,12 @@ def clipped(world: World) -> Answer:
 
 def unequal(world: World) -> Answer:
     """Long rows on one rank, short ones on the other: a token budget cuts them into unequal numbers."""
-    return trained(make(world, "unequal", data=rows(16), in_order=True, micro_batch_tokens=40))
+    return trained(make(world, "unequal", InTurns, data=rows(16), in_order=True, micro_batch_tokens=40))
+
+
+def dealt(world: World) -> Answer:
+    """The same rows, dealt by length."""
+    return trained(make(world, "dealt", data=rows(16), in_order=True, micro_batch_tokens=40))
 
 
 def tail(world: World) -> Answer:
@@ -257,7 +274,7 @@ def zero_weight(world: World) -> Answer:
 # Metrics
 
 
-class Partial(Probe):
+class Partial(InTurns):
     """A metric of batches with a prompt of p alone: with rows in order, of the first rank alone."""
 
     name = "partial"
@@ -396,7 +413,7 @@ def signalled_in_evaluation(world: World) -> Answer:
 # Faults of one rank
 
 
-class Poisoned(Probe):
+class Poisoned(InTurns):
     """The loss of a batch with the poisoned row is not finite."""
 
     name = "poisoned"
@@ -565,6 +582,23 @@ def asking(world: World) -> Answer:
     return answer | {"asked": run.stage.asked}
 
 
+class Alone(Probe):
+    """The last rank runs the model once more than the others: without gradient."""
+
+    name = "alone"
+
+    def prepare_batch(self, run, rows):
+        round = super().prepare_batch(run, rows)
+        if run.rank == run.world_size - 1:
+            with torch.no_grad():
+                run.score(round.windows[0])
+        return round
+
+
+def a_forward_alone(world: World) -> Answer:
+    return trained(make(world, "alone", Alone, max_steps=2))
+
+
 # Resuming
 
 
@@ -588,6 +622,7 @@ CHECKS: list[Callable[[World], Answer]] = [
     accumulated,
     clipped,
     unequal,
+    dealt,
     tail,
     tail_of_three,
     lora,
@@ -605,6 +640,7 @@ CHECKS: list[Callable[[World], Answer]] = [
     broken_save,
     broken_export,
     asking,
+    a_forward_alone,
     checkpoint_of_this_world,
     resume_of_other_world,
 ]

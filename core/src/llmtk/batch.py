@@ -150,6 +150,11 @@ class Batch:
         """Add up per-target values: (targets,) to (sequences,)."""
         return _sum_by(self.target_sequence, values, len(self.sequence_group))
 
+    def targets_of(self, groups: SequenceOf[int]) -> Tensor:
+        """(targets of these groups,) int64: their places among all targets, group after group."""
+        target_group = self.sequence_group[self.target_sequence]
+        return _members(target_group, torch.as_tensor(groups, dtype=torch.int64), len(self))
+
     def select(self, groups: SequenceOf[int]) -> Batch:
         """Return a batch of these groups alone, in this order."""
         chosen = torch.as_tensor(groups, dtype=torch.int64)
@@ -340,7 +345,8 @@ def _members(group_of: Tensor, chosen: Tensor, groups: int) -> Tensor:
     counts = torch.bincount(group_of, minlength=groups)
     starts = counts.cumsum(0) - counts
     counts, starts = counts[chosen], starts[chosen]
-    within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    within = torch.arange(int(counts.sum()), device=counts.device)
+    within -= (counts.cumsum(0) - counts).repeat_interleave(counts)
     return starts.repeat_interleave(counts) + within
 
 

@@ -30,7 +30,7 @@ API = 1
 """The contract's version. A stage that declares another one is refused."""
 
 Row = dict[str, Any]
-"""An encoded row: `input_ids`, `targets` and whatever else its row type has, and `place`."""
+"""An encoded row: `input_ids`, `targets` and whatever else its row type has, `length` in tokens, and `place`."""
 
 Need = Literal["reference", "reward", "generation"]
 
@@ -39,7 +39,11 @@ REFERENCE = "reference"
 
 
 class Dataset(Protocol):
-    """Rows by index: a `datasets.Dataset`, or anything like it."""
+    """Rows by index: a `datasets.Dataset`, or anything like it.
+
+    Where it has a column `length`, the tokens of each row, the rows of a global batch are dealt to the ranks by it, so
+    that all have about equally much to compute; else they are dealt in turns. A rank has as many rows either way.
+    """
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Row: ...

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +38,7 @@ from llmtk.training.evaluation import eval_mode, evaluate
 from llmtk.training.events import Plan
 from llmtk.training.loop import Interrupted
 from llmtk.training.micro_batches import cut_window
-from llmtk.training.order import RowOrder
+from llmtk.training.order import RowOrder, row_lengths, share
 from llmtk.training.precompute import Precomputed, precompute
 from llmtk.training.randomness import Randomness
 from llmtk.training.signals import first_signal
@@ -232,8 +234,10 @@ class Run:
         cut = cut_window(batch, self.backend, rows=train.per_device_train_batch_size, tokens=train.micro_batch_tokens)
         scored_model = self.frozen.get(model or "", self.model)
         with torch.no_grad(), eval_mode(scored_model):
-            scored = [(self.score(part.batch, model=model, also=wanted), part.counts) for part in cut.parts]
-        return Scores.join([scores for scores, counts in scored if counts], batch.to(self.device), wanted)
+            scored = [self.score(part.batch, model=model, also=wanted) for part in cut.parts]
+        counting = [part for part in cut.parts if part.counts]
+        targets = batch.targets_of([group for part in counting for group in part.groups])
+        return Scores.join(scored[: len(counting)], targets, batch.to(self.device), wanted)
 
     def map_logits(self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = ()) -> Tensor:
         """Apply `fn(logits, *columns)` to the logits at target positions, with the exact gradient."""
@@ -327,9 +331,14 @@ class Run:
         """Return the name of the signal that asked to stop."""
         return signal.Signals(self._signal).name if self._signal is not None else "nobody"
 
-    def schedule_step(self) -> None:
-        """Move the learning rate on, unless the schedule waits for evaluations."""
-        if not self._schedule_waits:
+    def schedule_step(self, refused: bool = False) -> None:
+        """Move the learning rate on, after a refused step too, unless the schedule waits for evaluations."""
+        if self._schedule_waits:
+            return
+        with warnings.catch_warnings() if refused else contextlib.nullcontext():
+            if refused:
+                # Where the first step is, torch takes it for a loop that has the order of the two wrong.
+                warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
             self.scheduler.step()
 
     def schedule_evaluated(self, metrics: Mapping[str, float]) -> None:
@@ -404,6 +413,7 @@ class Run:
             self.notify(notice)
         data = self.hooks.build_data()
         self.train_rows, self.eval_rows = data.train, data.eval
+        self._train_lengths = row_lengths(data.train)
         self._load_models()
         optimizer = self.hooks.build_optimizer()
         self.backend.prepare(self.model, self.frozen, optimizer)
@@ -575,7 +585,7 @@ class Run:
         return forward
 
     def _share(self, indices: list[int]) -> list[Row]:
-        mine = indices[self.rank :: self.world_size]
+        mine = share(indices, self._train_lengths, self.rank, self.world_size)
         # `datasets` reads many rows in little more time than one.
         fetch = getattr(self.train_rows, "__getitems__", None)
         return fetch(mine) if fetch and mine else [self.train_rows[index] for index in mine]

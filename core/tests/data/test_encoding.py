@@ -23,7 +23,7 @@ def tokenizer(make_tokenizer: Any) -> Any:
 def test_text_gets_no_special_token_and_is_never_cut(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer(["<s>", "</s>"], bos=True, eos_token="</s>")
     data, report = encode([Text("abcdef", place="a.txt"), Text("g")], tokenizer, config(max_length=2))
-    assert data.column_names == ["input_ids", "place"]
+    assert data.column_names == ["input_ids", "length", "place"]
     assert [tokenizer.convert_ids_to_tokens(ids) for ids in data["input_ids"]] == [[*"abcdef"], ["g"]]
     assert data["place"][:] == ["a.txt", ""]
     assert (report.rows, report.tokens, report.targets, report.notices) == (2, 7, 7, [])
@@ -34,6 +34,7 @@ def test_columns_are_compact(tokenizer: Any) -> None:
     assert {name: str(column.type) for name, column in zip(data.column_names, data.data.columns, strict=True)} == {
         "input_ids": "list<item: int32>",
         "targets": "list<item: bool>",
+        "length": "int32",
         "place": "string",
     }
 
@@ -84,7 +85,7 @@ LONG = [
 
 def test_truncation_is_counted_and_a_row_without_a_target_is_left_out(tokenizer: Any) -> None:
     data, report = encode(LONG, tokenizer, config(max_length=4))
-    assert [len(ids) for ids in data["input_ids"]] == [4, 4]
+    assert [len(ids) for ids in data["input_ids"]] == data["length"][:] == [4, 4]
     assert data[1]["targets"] == [False, False, True, True]
     assert (report.truncated, report.dropped) == (1, ["d.jsonl:3"])
     assert report.notices == [

@@ -40,7 +40,9 @@ def shard(root: nn.Module) -> nn.Module:
 
 
 def parallel(root: nn.Module) -> nn.Module:
-    return DistributedDataParallel(root, broadcast_buffers=False)
+    wrapped = DistributedDataParallel(root)
+    wrapped.broadcast_buffers = False
+    return wrapped
 
 
 CASES: dict[str, Any] = {

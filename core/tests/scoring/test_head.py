@@ -60,7 +60,7 @@ def assert_near(found, expected, relative=1e-5):
 
 
 @pytest.mark.parametrize("tile", [2**30, 37 * 64, 37 * 7, 1], ids=["one tile", "4 tiles", "31 tiles", "a word a tile"])
-@pytest.mark.parametrize(("shape", "bias"), product(SHAPES, [False, True]))
+@pytest.mark.parametrize(("shape", "bias"), list(product(SHAPES, [False, True])))
 def test_values_and_gradients_are_the_closed_forms(shape, bias, tile, monkeypatch):
     """With gradients into log-prob, entropy and the vocabulary's mean at once."""
     monkeypatch.setattr(head, "TILE_ELEMENTS", tile)

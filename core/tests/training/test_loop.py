@@ -175,6 +175,16 @@ def test_a_step_that_is_not_finite_changes_no_weight(tmp_path, capsys, what):
     assert set(said.split("Rows: ")[1].split(", ")) == rows
 
 
+@pytest.mark.filterwarnings("error:Detected call of `lr_scheduler")
+def test_a_first_step_that_is_refused_moves_the_schedule_on_without_a_warning_of_torch(tmp_path):
+    class Here(Breaks):
+        at = {0}
+
+    run = make(tmp_path / "run", Here, max_steps=3, logging_steps=1)
+    assert run.train().steps == 3
+    assert series(run, "learning_rate") == pytest.approx([1e-2 * (3 - s) / 3 for s in range(3)])
+
+
 def test_the_rows_of_the_micro_batch_with_the_bad_loss_alone_are_named(tmp_path, capsys):
     class OneBad(Lm):
         def compute_loss(self, run, batch):

@@ -77,12 +77,36 @@ def test_by_rows():
     assert (cut.groups, cut.tokens) == (5, 16)
 
 
-def test_by_a_budget_of_tokens_filled_to_the_brim_in_order():
-    assert places(cut_alone([3, 2, 4, 1, 5], tokens=5)) == [["0", "1"], ["2", "3"], ["4"]]
+def test_by_a_budget_of_tokens_filled_to_the_brim():
+    assert sorted(places(cut_alone([3, 4, 2, 1, 5], tokens=5))) == [["0", "2"], ["1", "3"], ["4"]]
 
 
-def test_a_group_over_the_budget_stands_alone():
-    assert places(cut_alone([2, 9, 2, 9], tokens=4)) == [["0"], ["1"], ["2"], ["3"]]
+def test_by_a_budget_the_parts_are_about_equal_and_the_largest_comes_first():
+    cut = cut_alone([1, 1, 1, 6, 1, 1, 1], tokens=7)
+    assert [len(part.batch.tokens) for part in cut.parts] == [6, 6]
+    cut = cut_alone([2, 2, 2, 5], tokens=5)
+    assert [len(part.batch.tokens) for part in cut.parts] == [5, 4, 2]
+
+
+def test_a_group_over_the_budget_stands_alone_and_comes_first():
+    assert places(cut_alone([2, 9, 2, 8], tokens=4)) == [["1"], ["3"], ["0", "2"]]
+
+
+def test_a_rank_deals_its_groups_into_as_many_parts_as_another_needs():
+    """Not by halving what it would have cut alone."""
+    lengths = [[9, 9, 9], [4, 4, 1, 1, 1, 1]]
+    cuts = on_ranks(lambda b: cut_window(window(lengths[b.rank]), b, rows=9, tokens=12), 2)
+    assert [[len(part.batch.tokens) for part in cut.parts] for cut in cuts] == [[9, 9, 9], [4, 4, 4]]
+    lengths = [[1] * 9, [1] * 6]
+    cuts = on_ranks(lambda b: cut_window(window(lengths[b.rank]), b, rows=3), 2)
+    assert [[len(part.batch) for part in cut.parts] for cut in cuts] == [[3, 3, 3], [2, 2, 2]]
+
+
+def test_parts_say_which_groups_they_hold():
+    whole = window([2, 5, 2, 5, 3])
+    for how in ({"tokens": 6}, {"rows": 2}):
+        for part in cut_alone([2, 5, 2, 5, 3], **how).parts:
+            assert [whole.places[group] for group in part.groups] == part.batch.places
 
 
 def test_the_budget_counts_shared_prefixes_once():
@@ -108,7 +132,8 @@ def test_ranks_have_equally_many_parts_and_every_row_counts_once(lengths, rows, 
 
     assert len({len(cut.parts) for cut in cuts}) == 1
     for rank, cut in enumerate(cuts):
-        assert list(chain(*places(cut))) == windows[rank].places
+        counted = list(chain(*places(cut)))
+        assert (counted if tokens is None else sorted(counted, key=int)) == windows[rank].places
         assert all(len(part.batch) >= 1 for part in cut.parts)
         if tokens is None:
             assert all(len(part.batch) <= rows for part in cut.parts)
@@ -120,10 +145,10 @@ def test_ranks_have_equally_many_parts_and_every_row_counts_once(lengths, rows, 
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 7), min_size=2, max_size=3), st.integers(1, 3))
-def test_a_rank_splits_before_it_repeats(counts, rows):
+@given(st.lists(st.integers(1, 7), min_size=2, max_size=3), st.integers(1, 3), st.none() | st.integers(1, 8))
+def test_a_rank_splits_before_it_repeats(counts, rows, tokens):
     """A part that counts nothing is there only when each of the others is one row already."""
-    cuts = on_ranks(lambda b: cut_window(window([2] * counts[b.rank]), b, rows=rows), len(counts))
+    cuts = on_ranks(lambda b: cut_window(window([2] * counts[b.rank]), b, rows=rows, tokens=tokens), len(counts))
     for cut in cuts:
         if places(cut, counting=False):
             assert all(len(part) == 1 for part in places(cut))

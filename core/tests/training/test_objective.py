@@ -178,7 +178,7 @@ def output(loss: float, **metrics: Mean) -> LossOutput:
 
 def micro_batch(*tokens: int, counts: bool = True) -> MicroBatch:
     groups = [Group([Sequence([1], [False])], {"tokens": n}, place=f"row {n}") for n in tokens]
-    return MicroBatch(Batch.collate(groups), counts)
+    return MicroBatch(Batch.collate(groups), range(len(groups)), counts)
 
 
 def test_a_window_adds_up_metrics_that_only_some_micro_batches_have():

@@ -142,8 +142,8 @@ class TrainConfig(Section):
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Micro-batches of an optimizer step on each rank."""
     micro_batch_tokens: int | None = Field(None, ge=1)
-    """Cut micro-batches by this many tokens instead of by per_device_train_batch_size rows. The global batch, and so
-    the update, stays the same."""
+    """Cut micro-batches of at most this many tokens (a row over it stands alone), few and about equal,
+    instead of per_device_train_batch_size rows. The global batch, and so the update, stays the same."""
     warmup_steps: int = Field(0, ge=0)
     """Steps in which the learning rate rises from 0."""
     warmup_ratio: float = Field(0.0, ge=0, le=1)

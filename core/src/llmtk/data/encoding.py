@@ -34,11 +34,11 @@ def encode(
 ) -> tuple[Dataset, EncodingReport]:
     """Return the rows as tokens, in their order, and a report of what was cut, left out or moved.
 
-    The data set is in memory. Its columns: ``input_ids`` (int32 list), ``place`` (text) and, but for documents,
-    ``targets`` (boolean list, as long as ``input_ids``; a sequence's first token is never a target). Pairs and labelled
-    rows have, in their place, ``prompt_ids``, and ``NAME_ids`` and ``NAME_targets`` for each answer behind it
-    (``chosen``, ``rejected``, ``completion``), with ``margin`` or ``label``. A sequence is cut at, or left out over,
-    ``config.max_length`` tokens; documents are neither.
+    The data set is in memory. Its columns: ``input_ids`` (int32 list), ``length`` (int32, the tokens of the row),
+    ``place`` (text) and, but for documents, ``targets`` (boolean list, as long as ``input_ids``; a sequence's first
+    token is never a target). Pairs and labelled rows have, in place of the two lists, ``prompt_ids``, and ``NAME_ids``
+    and ``NAME_targets`` for each answer behind it (``chosen``, ``rejected``, ``completion``), with ``margin`` or
+    ``label``. A sequence is cut at, or left out over, ``config.max_length`` tokens; documents are neither.
 
     ``vocab_size`` is the number of the model's embeddings, if it is known.
 
@@ -140,6 +140,7 @@ def _table(batch: list[AnyEncoded]) -> pyarrow.Table:
         columns[name] = _lists(parts, np.bool_ if parts[0].dtype == np.bool_ else np.int32)
     for name in {name: None for item in batch for name in item.values}:
         columns[name] = pa.array([item.values.get(name) for item in batch])
+    columns["length"] = pa.array([sum(map(len, _ids(item))) for item in batch], pa.int32())
     columns["place"] = pa.array([item.place for item in batch], pa.string())
     return pa.table(columns)
 

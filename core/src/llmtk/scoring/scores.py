@@ -50,12 +50,17 @@ class Scores:
         return self.sum() / self.batch.target_counts.clamp(min=1)
 
     @staticmethod
-    def join(parts: Sequence[Scores], batch: Batch, also: Iterable[str] = ()) -> Scores:
-        """Put the scores of consecutive micro-batches, perhaps none, together as those of the whole batch."""
+    def join(parts: Sequence[Scores], targets: Tensor, batch: Batch, also: Iterable[str] = ()) -> Scores:
+        """Put the scores of micro-batches, perhaps none, together as those of the whole batch.
+
+        `targets` (targets,) int64 says which of the batch's targets the parts have, one part after the other.
+        """
+        device = batch.tokens.device
 
         def joined(name: str) -> Tensor:
-            dtype = torch.bool if name == "top1" else torch.float32
-            empty = torch.zeros(0, dtype=dtype, device=batch.tokens.device)
-            return torch.cat([getattr(part, name) for part in parts]) if parts else empty
+            whole = torch.zeros(len(targets), dtype=torch.bool if name == "top1" else torch.float32, device=device)
+            if parts:
+                whole[targets.to(device)] = torch.cat([getattr(part, name) for part in parts])
+            return whole
 
         return Scores(batch, joined("logps"), **{name: joined(name) for name in also})

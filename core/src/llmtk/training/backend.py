@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from llmtk.config.sections import TrainConfig
 from llmtk.errors import ConfigurationError
@@ -51,12 +52,7 @@ class Backend:
             step_scheduler_with_optimizer=False,
             log_with=_trackers(config.report_to) or None,
             project_dir=project_dir,
-            kwargs_handlers=[
-                # Rotary buffers broadcast at every forward would make a forward on one rank alone hang.
-                DistributedDataParallelKwargs(
-                    broadcast_buffers=False, find_unused_parameters=config.ddp_find_unused_parameters
-                )
-            ],
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.ddp_find_unused_parameters)],
         )
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
@@ -89,6 +85,10 @@ class Backend:
         self.root = root
         self.wrapped: nn.Module
         self.wrapped, self.optimizer = self.accelerator.prepare(root, optimizer)
+        if isinstance(self.wrapped, DistributedDataParallel):
+            # Rotary buffers broadcast at every forward would make a forward on one rank alone hang. As an argument,
+            # torch 2.13 warns of this name, and Accelerate 1.15 does not know the other one.
+            self.wrapped.broadcast_buffers = False
         self.parameters = [parameter for parameter in root.parameters() if parameter.requires_grad]
         self._place_frozen(frozen)
 

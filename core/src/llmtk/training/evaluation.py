@@ -10,6 +10,7 @@ import torch
 
 from llmtk.errors import TrainingError
 from llmtk.training.micro_batches import cut_window
+from llmtk.training.order import row_lengths, share
 from llmtk.training.tally import Tally, WindowTally
 
 if TYPE_CHECKING:
@@ -25,14 +26,14 @@ def evaluate(run: Run, rows: Dataset) -> dict[str, float] | None:
     Windows hold as many rows as in training, in the order of the data, so that a stage that looks at a whole window
     gives the same for any number of ranks.
     """
-    whole = Tally()
+    whole, lengths = Tally(), row_lengths(rows)
     with run.randomness.aside("evaluation"), eval_mode(run.model), torch.no_grad():
         for start in range(0, len(rows), run.global_rows):
             if run.interrupted():
                 return None
-            stop = min(start + run.global_rows, len(rows))
-            mine = [rows[index] for index in range(start + run.rank, stop, run.world_size)]
-            round = run.hooks.prepare_batch(mine)
+            indices = range(start, min(start + run.global_rows, len(rows)))
+            mine = share(indices, lengths, run.rank, run.world_size)
+            round = run.hooks.prepare_batch([rows[index] for index in mine])
             whole.add_means(run.reduce_means(round.metrics))
             for window in round.windows:
                 whole.add(_evaluate_window(run, window))

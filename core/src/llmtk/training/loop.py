@@ -99,7 +99,7 @@ def _step(run: Run, window: Batch, began: float) -> StepReport:
     learning_rate = float(run.optimizer.param_groups[0]["lr"])
     refused = "no row has a target" if not parts else "the loss is not finite" if bad_rows else None
     result = backend.step(config.max_grad_norm, refused)
-    run.schedule_step()
+    run.schedule_step(refused=result.skipped is not None)
     state.step += 1
     state.tokens += cut.tokens
     state.rows += cut.groups

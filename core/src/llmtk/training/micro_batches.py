@@ -1,17 +1,18 @@
 """How a window becomes micro-batches: as many on every rank, whatever each rank holds.
 
-Every forward is collective, so ranks with fewer micro-batches split theirs further, and where there is nothing left to
-split they run one more whose loss counts nothing.
+Every forward is collective, so the ranks agree on a number before they cut: that of the rank that needs most. One with
+fewer groups than that runs one of its micro-batches again, its loss counting nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llmtk.batch import Batch
 from llmtk.training.backend import add_up
+from llmtk.training.balance import even_out, pack
 
 if TYPE_CHECKING:
     from llmtk.training.backend import Backend
@@ -22,6 +23,8 @@ class MicroBatch:
     """A part of a window. One that does not count is there only to keep this rank in step with the others."""
 
     batch: Batch
+    groups: Sequence[int]
+    """The groups of the window that it holds."""
     counts: bool = True
 
 
@@ -38,68 +41,54 @@ class Cut:
 
 
 def cut_window(window: Batch, backend: Backend, *, rows: int, tokens: int | None = None) -> Cut:
-    """Cut a window by a number of groups, or by a token budget. All ranks must call it together."""
-    parts = _by_tokens(window, tokens) if tokens else _by_rows(window, rows)
+    """Cut a window, in order by a number of groups, or by a token budget. All ranks must call it together.
+
+    With a budget, micro-batches are few on the rank that needs most, of about equal size on each rank, and the largest
+    comes first, so that what does not fit into memory shows at once. A group over the budget stands alone.
+    """
+    sizes = window.group_tokens.tolist()
+    packed = pack(sizes, tokens) if tokens else []
     mine = {
         "weights": {name: float(column.sum()) for name, column in window.weights.items()},
-        "parts": len(parts),
+        "parts": len(packed) if tokens else -(-len(window) // rows),
         "groups": len(window),
         "tokens": len(window.tokens),
     }
     everyone = backend.gather(mine)
     wanted = max(rank["parts"] for rank in everyone)
+    chosen = even_out(packed, sizes, wanted) if tokens else _in_order(len(window), rows, wanted)
+    parts = [MicroBatch(_of(window, groups), groups) for groups in chosen]
     spare = _spare(parts, everyone, backend) if wanted else None
-    micro_batches = [MicroBatch(part) for part in _split(parts, wanted)]
-    while spare is not None and len(micro_batches) < wanted:
-        micro_batches.append(MicroBatch(spare, counts=False))
+    if spare is not None:
+        parts += [replace(spare, counts=False)] * (wanted - len(parts))
     return Cut(
-        parts=[MicroBatch(part.batch.to(backend.device), part.counts) for part in micro_batches],
+        parts=[replace(part, batch=part.batch.to(backend.device)) for part in parts],
         totals=add_up(rank["weights"] for rank in everyone),
         groups=sum(rank["groups"] for rank in everyone),
         tokens=sum(rank["tokens"] for rank in everyone),
     )
 
 
-def _by_rows(window: Batch, rows: int) -> list[Batch]:
-    if len(window) <= rows:
-        return [window] if len(window) else []
-    return [window.select(range(start, min(start + rows, len(window)))) for start in range(0, len(window), rows)]
+def _in_order(groups: int, rows: int, wanted: int) -> list[range]:
+    """Cut by `rows`; where that gives fewer than `wanted` parts, into as many of about equally many groups."""
+    if -(-groups // rows) == wanted:
+        return [range(start, min(start + rows, groups)) for start in range(0, groups, rows)]
+    wanted = min(wanted, groups)
+    return [range(groups * part // wanted, groups * (part + 1) // wanted) for part in range(wanted)]
 
 
-def _by_tokens(window: Batch, budget: int) -> list[Batch]:
-    """Fill micro-batches in order, up to the budget; a group over it stands alone."""
-    chunks: list[list[int]] = []
-    filled = budget + 1
-    for group, tokens in enumerate(window.group_tokens.tolist()):
-        if filled + tokens > budget:
-            chunks.append([])
-            filled = 0
-        chunks[-1].append(group)
-        filled += tokens
-    return [window.select(chunk) for chunk in chunks]
+def _of(window: Batch, groups: Sequence[int]) -> Batch:
+    return window if len(groups) == len(window) else window.select(groups)
 
 
-def _split(parts: list[Batch], wanted: int) -> list[Batch]:
-    """Halve the largest micro-batches until there are as many as wanted, or none can be split."""
-    parts = list(parts)
-    while parts and len(parts) < wanted:
-        largest = max(range(len(parts)), key=lambda index: len(parts[index]))
-        whole = parts[largest]
-        if len(whole) < 2:
-            break
-        half = len(whole) // 2
-        parts[largest : largest + 1] = [whole.select(range(half)), whole.select(range(half, len(whole)))]
-    return parts
-
-
-def _spare(parts: list[Batch], everyone: list[dict[str, int]], backend: Backend) -> Batch | None:
+def _spare(parts: list[MicroBatch], everyone: list[dict[str, int]], backend: Backend) -> MicroBatch | None:
     """Return a real micro-batch for keeping step: this rank's smallest, or another's where this rank has none.
 
     A real one, because a stage should never meet a batch without rows.
     """
-    mine = min(parts, key=lambda part: len(part.tokens)) if parts else None
-    if all(rank["parts"] for rank in everyone):
+    mine = min(parts, key=lambda part: len(part.batch.tokens)) if parts else None
+    if all(rank["groups"] for rank in everyone):
         return mine
-    source = next(index for index, rank in enumerate(everyone) if rank["parts"])
-    borrowed: Batch = backend.broadcast(mine if backend.rank == source else None, source)
+    source = next(index for index, rank in enumerate(everyone) if rank["groups"])
+    borrowed: MicroBatch = backend.broadcast(mine if backend.rank == source else None, source)
     return mine if mine is not None else borrowed

@@ -1,17 +1,25 @@
-"""Which rows come next: a pure function of (seed, epoch, index), so that a resumed run need not replay anything."""
+"""Which rows come next: a pure function of (seed, epoch, index), so that a resumed run need not replay anything.
+
+And which of them are a rank's share: a function of the rows' lengths too, the same on every rank.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmtk.errors import PluginError
+from llmtk.training.balance import deal
+
+if TYPE_CHECKING:
+    from llmtk.contract import Dataset
 
 Order = Callable[[int], Sequence[int] | None]
 """An epoch's order as indices, or None for the usual one."""
+Lengths = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 
 @dataclass
@@ -69,3 +77,22 @@ def shuffled(rows: int, seed: int, epoch: int) -> Any:
     """Return the usual order of an epoch: a permutation drawn from (seed, epoch) alone."""
     key = np.array([seed % 2**64, epoch], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).permutation(rows)
+
+
+def row_lengths(rows: Dataset) -> Lengths | None:
+    """(rows,): the tokens of each row, from the column `length` alone; None for rows without such a column."""
+    data: Any = rows
+    if "length" not in getattr(data, "column_names", ()):
+        return None
+    return np.asarray(data["length"][:])
+
+
+def share(indices: Sequence[int], lengths: Lengths | None, rank: int, ranks: int) -> list[int]:
+    """Return a rank's part of a global batch, in the batch's order: by length, or in turns where lengths are unknown.
+
+    Either way all ranks have equally many rows, but for one more on the first ones.
+    """
+    if lengths is None or ranks == 1:
+        return list(indices[rank::ranks])
+    sizes = lengths[np.asarray(indices, dtype=np.int64)].tolist()
+    return [indices[position] for position in deal(sizes, ranks)[rank]]
