@@ -156,6 +156,7 @@ def test_dropout_is_off(tokenizer, ids, fields, attention):
     config = ModelConfig(from_config=fields, attn_implementation=attention)
     model = load_model(config, tokenizer, trainable=True, compute_dtype=FLOAT32, frozen_base=False, seed=0).train()
     saved = model.config.to_dict()
+    torch.manual_seed(1)  # OPT's layer dropout can skip both layers twice
     assert not torch.equal(model(ids).logits, model(ids).logits)
     disable_dropout(model)
     assert torch.equal(model(ids).logits, model(ids).logits)
