@@ -12,6 +12,7 @@ smoothing is honoured by `sigmoid` (cDPO); sorts are over the window, not over a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -181,7 +182,9 @@ class DirectPreferenceOptimization(PairStage):
                 kept.lerp_(trained.to(kept.dtype), o.ref_model_mixup_alpha)
 
     def demo(self) -> Demo:
-        return pair_demo(max_steps=100, learning_rate=3e-4)
+        demo = pair_demo(max_steps=100, learning_rate=5e-4)
+        # Alone, the contrast makes right answers unlikelier too, if less so than wrong ones.
+        return replace(demo, config={**demo.config, "dpo": {"rpo_alpha": 0.5}})
 
     def _ratios(self, batch: Batch, logps: Tensor) -> Tensor:
         """Return r of each answer (2 pairs,) from the log-probs of its tokens (targets,)."""
