@@ -78,7 +78,7 @@ class ContrastivePreferenceOptimization(PairStage):
         return LossOutput(terms, pair_metrics(logps, o.beta * logps), scores)
 
     def demo(self) -> Demo:
-        return pair_demo(max_steps=100, learning_rate=1e-3)
+        return pair_demo(max_steps=60, learning_rate=1e-3)
 
 
 # Each returns one loss a pair, (pairs,), of the answers' log-probs (pairs,).

@@ -62,7 +62,7 @@ class OddsRatioPreferenceOptimization(PairStage):
         return LossOutput(terms, metrics, scores)
 
     def demo(self) -> Demo:
-        return pair_demo(max_steps=100, learning_rate=1e-3)
+        return pair_demo(max_steps=60, learning_rate=1e-3)
 
 
 def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
