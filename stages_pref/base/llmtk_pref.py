@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from random import Random
 from typing import Any, Literal
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmtk import (
@@ -22,6 +23,7 @@ from llmtk import (
     RunView,
     Section,
     Stage,
+    Term,
 )
 from llmtk import Sequence as Tokens
 from llmtk.contract import Dataset, Row
@@ -29,6 +31,7 @@ from llmtk.data import Pair
 from llmtk.data import Row as DataRow
 from llmtk.demo import addition
 from llmtk.demo.measure import exact_match
+from llmtk.scoring import Scores
 
 DEMO_TRAIN = {
     "per_device_train_batch_size": 32,
@@ -93,6 +96,16 @@ def sides(values: Tensor) -> tuple[Tensor, Tensor]:
 def chosen_targets(batch: Batch) -> Tensor:
     """(targets,) bool: which targets belong to a chosen answer."""
     return batch.target_sequence % 2 == 0
+
+
+def logistic_loss(margins: Tensor, label_smoothing: float) -> Tensor:
+    """-(1 - e) log sigmoid(z) - e log sigmoid(-z) of margins z, any shape: labels are wrong with probability e."""
+    return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+
+
+def chosen_nll(scores: Scores, coefficient: float) -> Term:
+    """Return the negative log-prob of the chosen answers, a mean over all their tokens of the window."""
+    return Term(-scores.logps[chosen_targets(scores.batch)].sum(), per="chosen_tokens", coefficient=coefficient)
 
 
 def pair_metrics(logps: Tensor, rewards: Tensor | None = None) -> dict[str, Mean]:
@@ -162,14 +175,17 @@ def wrong_answer(problem: addition.Problem, random: Random) -> str:
     return "".join(map(str, digits))
 
 
-def pair_demo(*, exact: bool = True, **train: Any) -> Demo:
-    """Return the demo of a stage on pairs: held-out preference accuracy, and exact match for a policy."""
+def pair_demo(*, exact: bool = True, options: Mapping[str, Mapping[str, Any]] | None = None, **train: Any) -> Demo:
+    """Return the demo of a stage on pairs: held-out preference accuracy, and exact match for a policy.
+
+    `options` is the stage's own section, under its name.
+    """
     held_out = demo_rows("held-out", 200, seed=1)
     problems = [addition.dialogue(problem) for problem in addition.problems("held-out", 200, 1)]
     return Demo(
         train=demo_rows("train", 4000),
         eval=held_out,
-        config={"train": DEMO_TRAIN | train},
+        config={"train": DEMO_TRAIN | train, **(options or {})},
         figure="preference accuracy",
         measure=preference_accuracy,
         also={"exact match": lambda run: exact_match(run, problems)} if exact else {},
