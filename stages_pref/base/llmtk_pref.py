@@ -196,8 +196,11 @@ def preference_accuracy(run: RunView) -> float:
     """Return the share of held-out pairs whose chosen answer is likelier under the policy than the rejected one."""
     assert run.eval_rows is not None
     mine = range(run.rank, len(run.eval_rows), run.world_size)
-    batch = pair_batch([run.eval_rows[index] for index in mine])
+    return share_preferred(run, pair_batch([run.eval_rows[index] for index in mine]))
+
+
+def share_preferred(run: RunView, batch: Batch) -> float:
+    """Return the share of the pairs of all ranks whose first sequence is likelier under the policy than its second."""
     chosen, rejected = sides(run.score_window(batch).sum())
-    right = {"right": float((chosen > rejected).sum()), "pairs": len(chosen)}
-    total = run.sum_over_ranks(right)
+    total = run.sum_over_ranks({"right": float((chosen > rejected).sum()), "pairs": len(chosen)})
     return total["right"] / total["pairs"]
