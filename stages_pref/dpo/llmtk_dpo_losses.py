@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch.nn.functional as F
+from llmtk_pref import logistic_loss
 from torch import Tensor
 
 
@@ -52,8 +53,7 @@ class Options(Protocol):
 
 def sigmoid(p: Pairs, o: Options) -> Tensor:
     """DPO, arXiv 2305.18290, equation 7; with label smoothing e conservative DPO: labels wrong with probability e."""
-    e, z = o.label_smoothing, o.beta * p.delta
-    return -(1 - e) * logsigmoid(z) - e * logsigmoid(-z)
+    return logistic_loss(o.beta * p.delta, o.label_smoothing)
 
 
 def sigmoid_norm(p: Pairs, o: Options) -> Tensor:
@@ -103,7 +103,7 @@ def aot(p: Pairs, o: Options) -> Tensor:
     compared. `aot_shift` is the pair's own reference log-ratio less that of its rank.
     """
     assert p.aot_shift is not None
-    return _smoothed(p.chosen - p.rejected + p.aot_shift, o)
+    return logistic_loss(o.beta * (p.chosen - p.rejected + p.aot_shift), o.label_smoothing)
 
 
 def aot_unpaired(p: Pairs, o: Options) -> Tensor:
@@ -114,8 +114,8 @@ def aot_unpaired(p: Pairs, o: Options) -> Tensor:
     gradient of that end.
     """
     assert p.aot_partner is not None
-    from_chosen = _smoothed(p.chosen - p.aot_partner[:, 0], o)
-    from_rejected = _smoothed(p.aot_partner[:, 1] - p.rejected, o)
+    from_chosen = logistic_loss(o.beta * (p.chosen - p.aot_partner[:, 0]), o.label_smoothing)
+    from_rejected = logistic_loss(o.beta * (p.aot_partner[:, 1] - p.rejected), o.label_smoothing)
     both = from_chosen + from_rejected
     return both - 0.5 * both.detach()
 
@@ -135,11 +135,6 @@ def discopop(p: Pairs, o: Options) -> Tensor:
     z = o.beta * p.delta
     exponential = (z / o.discopop_tau).sigmoid()
     return -logsigmoid(z) * (1 - exponential) + (-z).exp() * exponential
-
-
-def _smoothed(delta: Tensor, o: Options) -> Tensor:
-    z, e = o.beta * delta, o.label_smoothing
-    return -(1 - e) * logsigmoid(z) - e * logsigmoid(-z)
 
 
 LOSSES: dict[str, Callable[[Pairs, Options], Tensor]] = {

@@ -12,7 +12,6 @@ smoothing is honoured by `sigmoid` (cDPO); sorts are over the window, not over a
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,7 @@ from llmtk_dpo_losses import LOSSES, Pairs, divergence_score
 from llmtk_pref import (
     PairOptions,
     PairStage,
-    chosen_targets,
+    chosen_nll,
     kl_metric,
     pair_batch,
     pair_demo,
@@ -154,7 +153,6 @@ class DirectPreferenceOptimization(PairStage):
             aot_partner=batch.per_group.get("aot_partner"),
         )
         weights = _policy_weights(batch, scores.logps, scores.square_sum) if scores.square_sum is not None else 1.0
-        nll = -scores.logps[chosen_targets(batch)].sum()
 
         terms = {
             name: Term((weights * LOSSES[name](pairs, o)).sum(), per="pairs", coefficient=weight)
@@ -162,9 +160,9 @@ class DirectPreferenceOptimization(PairStage):
             if name != "sft"
         }
         if "sft" in self.losses:
-            terms["sft"] = Term(nll, per="chosen_tokens", coefficient=self.losses["sft"])
+            terms["sft"] = chosen_nll(scores, self.losses["sft"])
         if o.rpo_alpha is not None:
-            terms["nll"] = Term(nll, per="chosen_tokens", coefficient=o.rpo_alpha)
+            terms["nll"] = chosen_nll(scores, o.rpo_alpha)
 
         metrics = pair_metrics(scores.sum(), o.beta * ratios)
         if self.reference != "none":
@@ -182,9 +180,8 @@ class DirectPreferenceOptimization(PairStage):
                 kept.lerp_(trained.to(kept.dtype), o.ref_model_mixup_alpha)
 
     def demo(self) -> Demo:
-        demo = pair_demo(max_steps=100, learning_rate=5e-4)
         # Alone, the contrast makes right answers unlikelier too, if less so than wrong ones.
-        return replace(demo, config={**demo.config, "dpo": {"rpo_alpha": 0.5}})
+        return pair_demo(max_steps=100, learning_rate=5e-4, options={"dpo": {"rpo_alpha": 0.5}})
 
     def _ratios(self, batch: Batch, logps: Tensor) -> Tensor:
         """Return r of each answer (2 pairs,) from the log-probs of its tokens (targets,)."""
