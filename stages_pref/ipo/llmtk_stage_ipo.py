@@ -60,7 +60,7 @@ class IdentityPreferenceOptimization(PairStage):
         return LossOutput({"loss": Term(loss.sum(), per="pairs")}, metrics, scores)
 
     def demo(self) -> Demo:
-        return pair_demo(max_steps=100, learning_rate=2e-4, options={"ipo": {"beta": 1.0}})
+        return pair_demo(max_steps=60, learning_rate=2e-4, options={"ipo": {"beta": 1.0}})
 
 
 def ipo_loss(chosen_ratios: Tensor, rejected_ratios: Tensor, beta: float) -> Tensor:

@@ -8,7 +8,7 @@ Compared, to 1e-6: the mean loss over the pairs, and its gradient by the log-pro
 
 Where llmtk differs by choice, and what is compared instead:
 - `dpo.loss: sigmoid` honours label smoothing (conservative DPO), TRL's does not: compared without.
-- `aot` and `aot_unpaired` sort (stably) over the optimizer window, TRL over a micro-batch: compared with one of them.
+- `aot` and `aot_unpaired` sort (stably) over the optimizer's window, TRL over a micro-batch: compared with one.
 - A token mean (`sft`, the NLL of cpo and orpo) is over the window, TRL's over a micro-batch: compared with one. The NLL
   of TRL's cpo and orpo is made of logits within its forward pass and is not compared here.
 - `simpo` is a stage of its own, without NLL, whose gamma and TRL's simpo_gamma are the same number; its hinge and cpo's
