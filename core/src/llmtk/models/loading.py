@@ -217,10 +217,12 @@ def new_head(model: Any) -> None:
 
 
 def head_of(config: ModelConfig) -> Head:
-    """Return which head the saved model ``config.name_or_path`` has. ModelLoadError for a head of several labels."""
+    """Return which head the saved model or adapter has. ModelLoadError for a head of several labels."""
     from transformers import AutoConfig
 
     name = str(config.name_or_path)
+    if adapter := adapter_folder(name):
+        return head_of_adapter(adapter)
     with loading(f"the model {where(name)}"), quietly():
         saved = AutoConfig.from_pretrained(
             resolve(name), revision=config.revision, trust_remote_code=config.trust_remote_code

@@ -1,7 +1,7 @@
 """Scoring: the log-prob of every target token under a causal language model, forward and backward, or a head's values.
 
-Stages see `Scores` and tensors alone. There are two ways to make them: `packed`, which is fast and is proven on each model before
-it is used, and `padded`, which is right for every model of transformers.
+Stages see `Scores` and tensors alone. There are two ways to make them: `packed`, which is fast and is proven on each
+model before it is used, and `padded`, which is right for every model of transformers.
 """
 
 from __future__ import annotations
