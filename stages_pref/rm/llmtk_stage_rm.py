@@ -83,7 +83,7 @@ class RewardModeling(PairStage):
     def demo(self) -> Demo:
         return Demo(
             train=demo_rows("train", 8000),
-            eval=demo_rows("held-out", 200, seed=1),
+            eval=demo_rows("held-out", 400, seed=1),
             config={"train": DEMO_TRAIN | {"max_steps": 150, "learning_rate": 1e-3}},
             figure="accuracy on pairs",
             measure=lambda run: run.evaluate()["accuracy"],
