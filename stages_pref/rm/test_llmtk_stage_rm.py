@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import llmtk
 from llmtk import ConfigurationError, DatasetError, ModelLoadError, Run
+from llmtk.host import discovery
 
 TINY = {
     "model_type": "llama",
@@ -201,7 +202,9 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path) -> None:
         assert (tmp_path / file).read_bytes() == (tmp_path / "run" / file).read_bytes(), file
 
 
-def test_it_learns_and_transformers_alone_gives_the_same_rewards(tmp_path: Path) -> None:
+def test_it_learns_and_transformers_alone_gives_the_same_rewards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make(tmp_path / "run", train={"max_steps": 60, "learning_rate": 1e-2})
     result = run.train()
     assert result.metrics["eval_accuracy"] > 0.9
@@ -223,6 +226,10 @@ def test_it_learns_and_transformers_alone_gives_the_same_rewards(tmp_path: Path)
     assert torch.equal(again.model.score.weight, run.model.score.weight), "the head is kept"
     with pytest.raises(ConfigurationError, match="writes no text"):
         again.predict("37+48=")
+
+    monkeypatch.setattr(discovery, "get_stage", lambda name: RewardModeling)
+    opened = Run.open(tmp_path / "run")
+    assert opened.evaluate(ROWS)["loss"] == pytest.approx(result.metrics["eval_loss"], rel=1e-5)
 
 
 def language_model(folder: Path) -> Path:
@@ -257,6 +264,17 @@ def test_an_adapter_is_trained_with_the_head_and_goes_on(tmp_path: Path) -> None
     pairs = llmtk.data.read_rows(ROWS[:8], ("pair",))
     scored = [[row["chosen"], row["rejected"]] for row in RewardModel(tmp_path / "run").of_rows(pairs)]
     torch.testing.assert_close(torch.tensor(scored).flatten(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_in_bfloat16_the_head_beside_an_adapter_stays_in_float32(tmp_path: Path) -> None:
+    base = language_model(tmp_path / "base")
+    train = {"max_steps": 20, "learning_rate": 1e-2, "bf16": True}
+    run = make(tmp_path / "run", model=str(base), peft={"r": 4}, train=train)
+    before = run.evaluate()["loss"]
+    assert run.train().metrics["eval_loss"] < before
+    assert run.scorers[None].packed, run.scorers[None].why_padded
+    dtypes = {name.rpartition(".")[0].rpartition(".")[2]: p.dtype for name, p in run.model.named_parameters()}
+    assert (dtypes["q_proj.base_layer".partition(".")[2]], dtypes["original_module"]) == (torch.bfloat16, torch.float32)
 
 
 # What is refused
