@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Array = np.ndarray[Any, Any]
@@ -33,6 +34,16 @@ class Sequence:
     tokens: Tokens
     targets: Tensor | Array | SequenceOf[bool]
     prefix: int | None = None
+
+    @classmethod
+    def ended(cls, tokens: Tokens, prefix: int | None = None) -> Sequence:
+        """Return all the tokens (length,), and an end behind them that alone is a target: what is judged as a whole.
+
+        What would predict the end is the last of the tokens, so that `run.values` gives the value there: a reward. The
+        end is of no meaning (token 0) and, like the last token of any sequence, never fed to the model.
+        """
+        whole = torch.as_tensor(tokens, dtype=torch.int64)
+        return cls(F.pad(whole, (0, 1)), torch.arange(len(whole) + 1) == len(whole), prefix)
 
 
 @dataclass(frozen=True)

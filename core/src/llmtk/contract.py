@@ -122,6 +122,12 @@ class RunView(Protocol):
     def score_window(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
         """Score a whole window without gradient, in micro-batches, in eval mode. All ranks must call it together."""
 
+    def values(self, batch: Batch, *, model: str | None = None) -> Tensor:
+        """Return the value (targets,) at the position that predicts each target, by a head of one value a token."""
+
+    def values_window(self, batch: Batch, *, model: str | None = None) -> Tensor:
+        """Return a whole window's values (targets,), as `score_window` scores it. All ranks must call it together."""
+
     def map_logits(self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = ()) -> Tensor:
         """Apply `fn(logits, *columns)` to the logits at target positions, with the exact gradient."""
 
@@ -173,6 +179,9 @@ class Stage:
     needs: ClassVar[frozenset[Need]] = frozenset()
     honours: ClassVar[frozenset[str]] = frozenset()
     """Which of the core's optional keys it honours: `label_smoothing_factor`, ..."""
+    head: ClassVar[Literal["language", "value"]] = "language"
+    """The head of the model that is trained: a language model's, or one of one value a token (transformers'
+    sequence classification with one label), which `run.values` asks."""
     dropout: ClassVar[bool] = False
     """Whether the model's dropout stays on unless the user says otherwise."""
     defaults: ClassVar[Mapping[str, Any]] = {}

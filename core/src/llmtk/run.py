@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from llmtk.contract import Demo
 
 __all__ = ["Interrupted", "Result", "Run", "evaluate_run"]
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -228,16 +230,22 @@ class Run:
 
     def score_window(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
         """Score a whole window without gradient, in micro-batches, in eval mode. All ranks must call it together."""
-        train, wanted = self.config.train, frozenset(also)
+        wanted = frozenset(also)
         if self.precomputed is not None and model == REFERENCE:
             return self.precomputed.scores(batch.to(self.device), wanted)
-        cut = cut_window(batch, self.backend, rows=train.per_device_train_batch_size, tokens=train.micro_batch_tokens)
-        scored_model = self.frozen.get(model or "", self.model)
-        with torch.no_grad(), eval_mode(scored_model):
-            scored = [self.score(part.batch, model=model, also=wanted) for part in cut.parts]
-        counting = [part for part in cut.parts if part.counts]
-        targets = batch.targets_of([group for part in counting for group in part.groups])
-        return Scores.join(scored[: len(counting)], targets, batch.to(self.device), wanted)
+        parts, targets = self._over_window(batch, model, lambda part: self.score(part, model=model, also=wanted))
+        return Scores.join(parts, targets, batch.to(self.device), wanted)
+
+    def values(self, batch: Batch, *, model: str | None = None) -> Tensor:
+        """Return the value (targets,) at the position that predicts each target, by a head of one value a token."""
+        return self.scorers[model].values(self._forward(model), batch)
+
+    def values_window(self, batch: Batch, *, model: str | None = None) -> Tensor:
+        """Return a whole window's values (targets,), as `score_window` scores it. All ranks must call it together."""
+        parts, targets = self._over_window(batch, model, lambda part: self.values(part, model=model))
+        values = torch.zeros(len(targets), device=self.device)
+        values[targets.to(self.device)] = torch.cat([values[:0], *parts])
+        return values
 
     def map_logits(self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = ()) -> Tensor:
         """Apply `fn(logits, *columns)` to the logits at target positions, with the exact gradient."""
@@ -245,6 +253,8 @@ class Run:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
         """Sample completions of tokenised prompts with the current policy, without gradient."""
+        if not self.scorers[None].has_logits:
+            raise ConfigurationError(f"a model of stage {self.stage_name} has a head of one value, and writes no text")
         with self.backend.autocast():
             return generate(self.model, prompts, sampling)
 
@@ -405,6 +415,8 @@ class Run:
         self.stage.check(self)
         check_model(self.config.model)
         optimizers.check_scheduler(self.config.train)
+        if self.config.samples.count and self.stage.head == "value":
+            raise ConfigurationError(f"samples.count: a model of stage {self.stage_name} writes no text; set it to 0")
         self._start()
         self.splits = read_splits(self.config.data, self.stage.row_types, seed=self.data_seed)
         self._check_evaluation()
@@ -466,10 +478,9 @@ class Run:
 
     def _scorer(self, model: nn.Module) -> Scorer:
         """Choose how to score a model, before it is wrapped."""
-        if self.config.train.scoring == "padded":
-            return Scorer(packed=False, why_padded="train.scoring")
         model.to(self.device)
-        return scoring.choose(model, self.gather)
+        forced = "train.scoring" if self.config.train.scoring == "padded" else ""
+        return scoring.choose(model, self.gather, forced)
 
     def _make_plan(self) -> Plan:
         config = self.config.train
@@ -564,6 +575,20 @@ class Run:
             return {"figure": self.demo.measure(self)} | {name: fn(self) for name, fn in self.demo.also.items()}
 
     # Small things
+
+    def _over_window(
+        self, batch: Batch, model: str | None, fn: Callable[[Batch], Answer]
+    ) -> tuple[list[Answer], Tensor]:
+        """Apply `fn` to the micro-batches of a window without gradient, in eval mode.
+
+        Return the answers that count, and which of the window's targets (targets,) they are about, one after the other.
+        """
+        train = self.config.train
+        cut = cut_window(batch, self.backend, rows=train.per_device_train_batch_size, tokens=train.micro_batch_tokens)
+        with torch.no_grad(), eval_mode(self.frozen.get(model or "", self.model)):
+            answers = [fn(part.batch) for part in cut.parts]
+        counting = [part for part in cut.parts if part.counts]
+        return answers[: len(counting)], batch.targets_of([group for part in counting for group in part.groups])
 
     def _forward(self, model: str | None) -> Callable[..., Any]:
         if model is None:

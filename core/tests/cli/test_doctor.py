@@ -82,6 +82,22 @@ def test_a_model_that_is_scored_padded_says_why(llmtk: Any, tmp_path: Path) -> N
     assert found["distances"] == {}
 
 
+def test_a_reward_model_is_told_by_its_head(llmtk: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from llmtk.models.checks import resolve
+
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForSequenceClassification.from_pretrained(resolve("builtin"), num_labels=1)
+        model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(resolve("builtin")).save_pretrained(tmp_path)
+    code, out, _ = llmtk("doctor", str(tmp_path))
+    assert code == 0
+    assert "head          one value a token (a reward model)" in out.splitlines()
+    assert "scoring       packed, proven on this model" in out.splitlines()
+    assert "distance from padded, values of the model" in out
+
+
 def test_a_folder_that_is_no_model_is_an_error_before_anything_is_loaded(llmtk: Any, tmp_path: Path) -> None:
     code, _, err = llmtk("doctor", str(tmp_path))
     assert code == 2

@@ -24,9 +24,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from llmtk.scoring import packed, padded
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from llmtk.scoring import choose, packed, padded, values
 from llmtk.scoring.proof import why_not_packed
-from scoring.kit import adapted, build, distances, gradients, measure, shared, weigh
+from scoring.kit import PACKED, adapted, build, distances, enlarge, gradients, measure, shared, weigh
 
 HALVES = ([0, 3], [1, 2, 4])
 """Unequal ones."""
@@ -35,6 +37,13 @@ HALVES = ([0, 3], [1, 2, 4])
 def shard(root: nn.Module) -> nn.Module:
     mesh = init_device_mesh("cpu", (2,))
     for layer in packed.causal_model(root).model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(root, mesh=mesh)
+
+
+def shard_values(root: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in root.model.layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(root, mesh=mesh)
 
@@ -102,6 +111,37 @@ def check(make: Any, wrap: Any, checkpointed: bool) -> dict[str, float]:
     }
 
 
+def judge() -> nn.Module:
+    """Return a small model with a head of one label, enlarged by noise."""
+    config = AutoConfig.for_model("llama", **(PACKED["llama"] | {"num_labels": 1}))
+    torch.manual_seed(0)
+    model: nn.Module = AutoModelForSequenceClassification.from_config(config).float().eval()
+    enlarge(model)
+    return model
+
+
+def check_values(wrap: Any) -> dict[str, float]:
+    """Do for values what `check` does for log-probs, packed and padded alike."""
+    rank = dist.get_rank()
+    plain = judge()
+    choose(plain, lambda reason: [reason], "to compare")
+    whole = values.padded(plain, shared())
+    (whole * weigh(shared())).sum().backward()
+    batch, at, weights = half(rank)
+    far: dict[str, float] = {}
+    for name, way in (("packed", values.packed), ("padded", values.padded)):
+        root = judge()
+        assert choose(root, lambda reason: [reason]).packed
+        wrapped = wrap(root)
+        found = way(wrapped, batch)
+        (found * weights).sum().mul(dist.get_world_size()).backward()
+        got = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients(root).items()}
+        scored = distances({"logps": found.detach(), **got}, {"logps": whole.detach()[at], **gradients(plain)})
+        far[f"values, {name}"] = scored.pop("logps")
+        far[f"gradients, {name}"] = max(scored.values())
+    return far
+
+
 def main(out: Path) -> None:
     faulthandler.enable()
     faulthandler.dump_traceback_later(100, exit=True)
@@ -111,6 +151,8 @@ def main(out: Path) -> None:
     for name, (make, wrap) in CASES.items():
         for checkpointed in (False, True):
             answers[name + (", checkpointed" if checkpointed else "")] = check(make, wrap, checkpointed)
+    for name, wrap in {"ddp": parallel, "fsdp": shard_values}.items():
+        answers[f"{name}, values"] = check_values(wrap)
     everyone: list[Any] = [None] * 2
     dist.all_gather_object(everyone, answers)
     if dist.get_rank() == 0:

@@ -38,7 +38,7 @@ def answers(tmp_path_factory):
 
 
 def test_every_case_was_run(answers):
-    assert [sorted(rank) for rank in answers] == [sorted(CASES)] * 2
+    assert [sorted(rank) for rank in answers] == [sorted([*CASES, "ddp, values", "fsdp, values"])] * 2
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -49,3 +49,9 @@ def test_two_ranks_score_as_one_process_does(answers, case):
         assert found["logps"] <= 1e-5
         assert found["gradients"] <= 1e-5
         assert found["mapped"] <= 1e-5
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_two_ranks_give_the_values_of_one_process(answers, wrapper):
+    for rank in answers:
+        assert all(distance <= 1e-5 for distance in rank[f"{wrapper}, values"].values())

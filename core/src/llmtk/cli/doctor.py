@@ -115,17 +115,20 @@ def _model(name: str) -> dict[str, Any]:
     """Load a model, and prove packed scoring on it, as a run does when it starts."""
     from llmtk.models.loading import disable_dropout
     from llmtk.models.saving import load_folder
-    from llmtk.scoring.proof import why_not_packed
+    from llmtk.scoring import prepare
+    from llmtk.scoring.proof import LOGPS, VALUES, why_not_packed
 
     model, tokenizer = load_folder(name)
     model.float().requires_grad_(True).train()  # as it is trained
     disable_dropout(model)
     measured: dict[str, float] = {}
-    why = why_not_packed(model, measured)
+    _, has_values = prepare(model)
+    why = why_not_packed(model, measured, VALUES if has_values else LOGPS)
     config: Any = model.config
     return {
         "model": name,
         "architecture": config.model_type,
+        "head": "one value a token (a reward model)" if has_values else "language model",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "vocabulary": config.get_text_config().vocab_size,
         "tokens": len(tokenizer),
@@ -141,6 +144,7 @@ def _model_lines(found: dict[str, Any]) -> list[str]:
     rows = [
         ["model", found["model"]],
         ["architecture", found["architecture"]],
+        ["head", found["head"]],
         ["parameters", f"{found['parameters']:,}"],
         ["tokenizer", f"{found['tokens']:,} tokens, {'a' if found['chat_template'] else 'no'} chat template"],
         ["scoring", "packed, proven on this model" if packed else f"padded: {found['why_padded']}"],

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from llmtk.errors import ConfigurationError
 from llmtk.models.errors import quietly, summary
-from llmtk.models.loading import seeded
+from llmtk.models.loading import VALUE_TASK, seeded, trained_in_float32
+from llmtk.scoring import values
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, seed: int = 0) -> PeftModel:
     """Freeze the model and put a fresh LoRA adapter on it, in float32. Its first forward equals the model's.
+
+    A head of one value is trained in full beside it, and saved with it.
 
     Args:
         model: The base, changed in place.
@@ -31,11 +34,14 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, seed: int = 0) 
 
     _check_modules_to_save(model, peft_config.modules_to_save)
     options = peft_config.model_dump(exclude={"method"})
+    task = "CAUSAL_LM" if values.find(model) is None else VALUE_TASK
     with seeded(seed), quietly():
         try:
-            return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+            adapted = get_peft_model(model, LoraConfig(task_type=task, **options))
         except ValueError as error:
             raise ConfigurationError(_why_refused(model, peft_config, error)) from error
+    trained_in_float32(adapted)
+    return adapted
 
 
 def _why_refused(model: PreTrainedModel, peft_config: PeftConfig, error: ValueError) -> str:

@@ -43,6 +43,19 @@ def quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Leave out transformers' table of missing and unexpected weights inside the block, for who looks at them."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def summary(error: Exception, limit: int = 400) -> str:
     """Return the error's message on one line of at most ``limit`` characters, or its type where it has no message."""
     line = " ".join(str(error).split()) or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -9,9 +10,20 @@ import torch
 from torch import nn
 
 from llmtk.errors import ConfigurationError, ModelLoadError
-from llmtk.models.checks import adapter_folder, base_of, build_config, check_origin, is_hub_name, resolve, where
-from llmtk.models.errors import loading, quietly
+from llmtk.models.checks import (
+    ADAPTER_CONFIG,
+    adapter_folder,
+    base_of,
+    build_config,
+    check_origin,
+    is_hub_name,
+    resolve,
+    where,
+)
+from llmtk.models.errors import loading, quietly, without_report
 from llmtk.models.tokenizers import stop_token_ids
+from llmtk.scoring import values
+from llmtk.scoring.values import HEADS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +34,13 @@ if TYPE_CHECKING:
     from llmtk.config.sections import ModelConfig
 
 
+Head = Literal["language", "value"]
+"""What a model's head gives: logits over the vocabulary, or one value (transformers' sequence classification)."""
+CLASSIFIES = "ForSequenceClassification"
+VALUE_TASK = "SEQ_CLS"
+"""What peft calls an adapter on such a model."""
+
+
 def load_model(
     config: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -30,6 +49,7 @@ def load_model(
     compute_dtype: torch.dtype,
     frozen_base: bool = False,
     seed: int = 0,
+    head: Head = "language",
 ) -> PreTrainedModel:
     """Load the model, or build it from scratch, with as many embeddings at least as the tokenizer has tokens.
 
@@ -41,6 +61,7 @@ def load_model(
         frozen_base: Whether only an adapter on it is trained. So it is where the name is that of an adapter, which
             comes on its base.
         seed: Draws the weights that are new. torch's global generator stays as it is.
+        head: A language model's, or one of one value a token: that which the model has, or a new one (`new_head`).
 
     Raises:
         ConfigurationError: A combination that cannot be run.
@@ -49,14 +70,16 @@ def load_model(
     check_origin(config)
     adapter = adapter_folder(config.name_or_path)
     if adapter:
+        check_task(adapter, head)
         config, frozen_base = config.model_copy(update={"name_or_path": base_of(adapter)}), True
     dtype = _weights_dtype(config, compute_dtype, trained=trainable and not frozen_base)
     with seeded(seed):
-        model = _from_scratch(config, tokenizer, dtype) if config.from_config else pretrained(config, dtype)
+        model = _from_scratch(config, tokenizer, dtype, head) if config.from_config else pretrained(config, dtype, head)
         fit_embeddings(model, tokenizer)
     set_padding(model, tokenizer)
     if adapter:
         model = continue_adapter(model, adapter)
+        trained_in_float32(model)
     if not trainable:
         model.requires_grad_(False).eval()
     return model
@@ -79,7 +102,7 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make the tokenizer's padding token the model's."""
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
@@ -142,17 +165,21 @@ def _attention(config: ModelConfig) -> dict[str, Any]:
     return {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
 
 
-def pretrained(config: ModelConfig, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
+def pretrained(config: ModelConfig, dtype: torch.dtype | Literal["auto"], head: Head = "language") -> PreTrainedModel:
     """Load ``config.name_or_path`` as it is, in ``dtype`` (``auto``: as it was saved), its weights checked.
 
-    Raises:
-        ModelLoadError: It cannot be loaded, lacks weights, or has weights that are not finite.
-    """
-    from transformers import AutoModelForCausalLM
+    A head of one value that it lacks is new.
 
+    Raises:
+        ModelLoadError: It cannot be loaded, lacks weights, has another head, or weights that are not finite.
+    """
     name = str(config.name_or_path)
-    with loading(f"the model {where(name)}"), nullcontext() if is_hub_name(name) else quietly():
-        model, info = AutoModelForCausalLM.from_pretrained(
+    had = head_of(config)
+    _check_head(name, head, had)
+    more: dict[str, Any] = {"num_labels": 1} if head == "value" else {}
+    shown = nullcontext() if is_hub_name(name) else quietly()
+    with loading(f"the model {where(name)}"), shown, without_report():
+        model, info = _auto_class(head).from_pretrained(
             resolve(name),
             revision=config.revision,
             dtype=dtype,
@@ -160,20 +187,97 @@ def pretrained(config: ModelConfig, dtype: torch.dtype | Literal["auto"]) -> Pre
             use_safetensors=True,
             output_loading_info=True,
             **_attention(config),
+            **more,
         )
-    if missing := sorted(info["missing_keys"]):
+    missing = sorted(info["missing_keys"])
+    if head == "value" and had == "language":
+        missing = [key for key in missing if key.partition(".")[0] not in HEADS]
+        new_head(model)
+    if missing:
         # transformers would go on with random numbers in their place
         raise ModelLoadError(
             f"{name} lacks {len(missing)} of the weights of {type(model).__name__}, the first of them {missing[0]}. "
             "It was saved from another kind of model, or not in full"
         )
     check_finite(model, name)
-    return model
+    return cast("PreTrainedModel", model)
 
 
-def _from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+def new_head(model: Any) -> None:
+    """Draw the weights of a head of one value from a normal distribution of variance 1 / (width + 1), biases 0.
 
+    That is arXiv 2009.01325, appendix B.1: behind a last norm, values begin with a variance near 1.
+    """
+    head = values.head_of(model)
+    if head is None:
+        raise ModelLoadError(f"{type(model).__name__} has no head of one value that is known here")
+    for parameter in head.parameters():
+        drawn = torch.randn(parameter.shape) if parameter.ndim == 2 else torch.zeros(parameter.shape)
+        parameter.data.copy_(drawn * (parameter.shape[-1] + 1) ** -0.5)
+
+
+def head_of(config: ModelConfig) -> Head:
+    """Return which head the saved model or adapter has. ModelLoadError for a head of several labels."""
+    from transformers import AutoConfig
+
+    name = str(config.name_or_path)
+    if adapter := adapter_folder(name):
+        return head_of_adapter(adapter)
+    with loading(f"the model {where(name)}"), quietly():
+        saved = AutoConfig.from_pretrained(
+            resolve(name), revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    if not any(str(kind).endswith(CLASSIFIES) for kind in saved.architectures or ()):
+        return "language"
+    if saved.num_labels != 1:
+        raise ModelLoadError(
+            f"{name} is a classifier of {saved.num_labels} labels; one that gives a value (a reward) has 1"
+        )
+    return "value"
+
+
+def check_task(adapter: Path, head: Head) -> None:
+    """Check that a saved adapter is for a model with this head. ModelLoadError where it is not."""
+    if (theirs := head_of_adapter(adapter)) != head:
+        kinds = {"language": "a language model", "value": "a model with a head of one value (a reward model)"}
+        raise ModelLoadError(
+            f"{adapter} is an adapter of {kinds[theirs]}, and {kinds[head]} is wanted here. Give one of these, or the "
+            "folder of a full model (peft's merge_and_unload makes one of an adapter and its base)"
+        )
+
+
+def head_of_adapter(folder: Path) -> Head:
+    """Return which head the model of a saved adapter has."""
+    task = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("task_type")
+    return "value" if task == VALUE_TASK else "language"
+
+
+def trained_in_float32(model: nn.Module) -> None:
+    """Keep a head of one value that is trained beside an adapter in float32, like the adapter."""
+    owner = values.find(model)
+    if owner is not None:
+        head = values.head_of(owner)
+        assert head is not None
+        head.float()
+
+
+def _check_head(name: str, wanted: Head, had: Head) -> None:
+    if wanted == "language" and had == "value":
+        raise ModelLoadError(
+            f"{name} has a head of one value (it is a reward model, or the like), not a language model's. Give the "
+            "language model that it was trained from"
+        )
+
+
+def _auto_class(head: Head) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForCausalLM if head == "language" else AutoModelForSequenceClassification
+
+
+def _from_scratch(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, head: Head
+) -> PreTrainedModel:
     fields = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -185,7 +289,13 @@ def _from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype
             f"model.from_config.vocab_size is {fields['vocab_size']}, the tokenizer has {len(tokenizer)} tokens. "
             "Leave it out, and the model gets as many as the tokenizer has"
         )
+    built = build_config(fields)
+    if head == "value":
+        built.num_labels = 1
     with loading(f"model.from_config: a model of type {fields['model_type']}"):
-        model = AutoModelForCausalLM.from_config(build_config(fields), dtype=dtype, **_attention(config))
-    model.generation_config.eos_token_id = stop_token_ids(tokenizer) or None
-    return model
+        model = _auto_class(head).from_config(built, dtype=dtype, **_attention(config))
+    if head == "value":
+        new_head(model)
+    else:
+        model.generation_config.eos_token_id = stop_token_ids(tokenizer) or None
+    return cast("PreTrainedModel", model)

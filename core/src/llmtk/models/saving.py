@@ -8,12 +8,22 @@ from typing import TYPE_CHECKING
 from llmtk.config.sections import ModelConfig
 from llmtk.models.checks import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of, check_safetensors, resolve
 from llmtk.models.errors import loading, quietly
-from llmtk.models.loading import check_finite, fit_embeddings, pretrained, seeded, set_padding
+from llmtk.models.loading import (
+    check_finite,
+    fit_embeddings,
+    head_of,
+    head_of_adapter,
+    pretrained,
+    seeded,
+    set_padding,
+)
 from llmtk.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmtk.models.loading import Head
 
 
 def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
@@ -21,6 +31,8 @@ def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
 
     A full model loads with ``AutoModelForCausalLM.from_pretrained(path)``, an adapter with
     ``AutoPeftModelForCausalLM``, as long as its base stays where it is: the adapter records it by its absolute path.
+    One with a head of one value loads with ``AutoModelForSequenceClassification``, an adapter on it with
+    ``AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1)``.
 
     Raises:
         OSError: The folder cannot be written.
@@ -34,7 +46,7 @@ def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
     with quietly():
         # An adapter kept as the reference is not what was trained.
         model.save_pretrained(folder, **({"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}))
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -47,11 +59,13 @@ def load_folder(path: str | Path) -> tuple[PreTrainedModel | PeftModel, PreTrain
     return _load_full(str(path))
 
 
-def _load_full(name: str, tokenizer_name: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_full(
+    name: str, tokenizer_name: str | None = None, head: Head | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = ModelConfig(name_or_path=name, tokenizer=tokenizer_name)
     tokenizer = load_tokenizer(config)
-    model = pretrained(config, "auto")
     with seeded(0):
+        model = pretrained(config, "auto", head or head_of(config))
         fit_embeddings(model, tokenizer)
     set_padding(model, tokenizer)
     return model.eval(), tokenizer
@@ -63,7 +77,7 @@ def _load_adapter(folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
 
     check_safetensors(folder / ADAPTER_WEIGHTS)
     own_tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
-    base, tokenizer = _load_full(base_of(folder), own_tokenizer)
+    base, tokenizer = _load_full(base_of(folder), own_tokenizer, head_of_adapter(folder))
     with loading(f"the adapter {folder}"), quietly():
         model = PeftModel.from_pretrained(base, folder)
     check_finite(model, str(folder))

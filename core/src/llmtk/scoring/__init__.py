@@ -1,7 +1,7 @@
-"""Scoring: the log-prob of every target token under a causal language model, forward and backward.
+"""Scoring: the log-prob of every target token under a causal language model, forward and backward, or a head's values.
 
-Stages see `Scores` alone. There are two ways to make them: `packed`, which is fast and is proven on each model before
-it is used, and `padded`, which is right for every model of transformers.
+Stages see `Scores` and tensors alone. There are two ways to make them: `packed`, which is fast and is proven on each
+model before it is used, and `padded`, which is right for every model of transformers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmtk.errors import PluginError
 from llmtk.scoring.scores import ALSO, Scores
 
 if TYPE_CHECKING:
@@ -17,20 +18,25 @@ if TYPE_CHECKING:
 
     from llmtk.batch import Batch
 
-__all__ = ["ALSO", "Scorer", "Scores", "choose"]
+__all__ = ["ALSO", "Scorer", "Scores", "choose", "prepare"]
 
 Root = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """How a model is scored, and why not packed, if it is not."""
+    """How a model is scored, and why not packed, if it is not. Where it has two heads, both are, or neither."""
 
     packed: bool
     why_padded: str = ""
+    has_logits: bool = True
+    """Whether it has a language model's head."""
+    has_values: bool = False
+    """Whether it has a head of one value a token."""
 
     def score(self, root: Root, batch: Batch, also: Iterable[str] = ()) -> Scores:
-        """Score every target token of the batch; `root` is the wrapped one."""
+        """Score every target token of the batch; `root` is the wrapped one. PluginError for a model without logits."""
+        self.require_logits("score")
         scores: Scores = self._way.score(root, batch, also)
         return scores
 
@@ -40,6 +46,7 @@ class Scorer:
         `fn` sees float32 logits of some targets at a time, with the same rows of each column, and gives (rows, ...).
         ValueError where it gives something else.
         """
+        self.require_logits("map_logits")
 
         def checked(logits: Tensor, *parts: Tensor) -> Tensor:
             answer = fn(logits, *parts)
@@ -50,6 +57,22 @@ class Scorer:
         result: Tensor = self._way.map_logits(root, batch, checked, columns)
         return result
 
+    def values(self, root: Root, batch: Batch) -> Tensor:
+        """Return the value (targets,), float32, at the position that predicts each target; `root` is the wrapped one.
+
+        PluginError for a model without a head of one value.
+        """
+        from llmtk.scoring import values
+
+        if not self.has_values:
+            raise PluginError("run.values needs a model with a head of one value a token, and this one has none")
+        return values.packed(root, batch) if self.packed else values.padded(root, batch)
+
+    def require_logits(self, what: str) -> None:
+        """Raise a PluginError that names who asked, if the model gives values and no logits."""
+        if not self.has_logits:
+            raise PluginError(f"run.{what} needs a language model, and this one's head gives one value, no logits")
+
     @property
     def _way(self) -> Any:
         from llmtk.scoring import packed, padded
@@ -57,10 +80,32 @@ class Scorer:
         return packed if self.packed else padded
 
 
-def choose(root: nn.Module, gather: Callable[[Any], list[Any]]) -> Scorer:
-    """Patch a model for packed scoring where that is proven right, on all ranks; else leave it as it was."""
+def choose(root: nn.Module, gather: Callable[[Any], list[Any]], why_padded: str = "") -> Scorer:
+    """Patch a model for packed scoring where that is proven right, on all ranks; else leave it as it was.
+
+    `why_padded` forces the plain way. ModelLoadError for a head of one value that does not stand at the last token.
+    """
     from llmtk.scoring import proof
 
-    reasons = gather(why := proof.why_not_packed(root))
-    why = next((reason for reason in reasons if reason), why)
-    return Scorer(why is None, why or "")
+    has_logits, has_values = prepare(root)
+    if not why_padded:
+        ways = [proof.LOGPS] * has_logits + [proof.VALUES] * has_values
+        reasons = gather(next(filter(None, (proof.why_not_packed(root, ways=way) for way in ways)), None))
+        why_padded = next(filter(None, reasons), "")
+    return Scorer(not why_padded, why_padded, has_logits, has_values)
+
+
+def prepare(root: nn.Module) -> tuple[bool, bool]:
+    """Make a root ready for the plain way; say whether it gives log-probs, and whether it gives values.
+
+    ModelLoadError for a head of one value that does not stand at the last token.
+    """
+    from llmtk.scoring import proof, values
+
+    model = values.find(root)
+    if model is None:
+        return True, False
+    with proof.evaluating(model):
+        values.patch(model)
+        values.check(model)
+    return values.has_language_head(root), True

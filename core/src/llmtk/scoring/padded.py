@@ -50,12 +50,18 @@ def map_logits(root: Forward, batch: Batch, fn: Callable[..., Tensor], columns: 
 
 def target_logits(root: Forward, batch: Batch) -> Tensor:
     """Return the logits that predict each target: (targets, vocabulary)."""
-    ids, lengths, positions = _pad(batch)
-    padded = bool((lengths != ids.shape[1]).any())
-    mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long() if padded else None
+    ids, mask, positions = padded_rows(batch)
     logits: Tensor = root(input_ids=ids, attention_mask=mask, use_cache=False).logits.flatten(0, 1)
     # Where every position is scored (blocks of text), a copy of all logits is saved.
     return logits if len(positions) == len(logits) else logits.index_select(0, positions)
+
+
+def padded_rows(batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return (input ids (sequences, longest), their mask or None, index of each target's prediction (targets,))."""
+    ids, lengths, positions = _pad(batch)
+    padded = bool((lengths != ids.shape[1]).any())
+    mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long() if padded else None
+    return ids, mask, positions
 
 
 def _pad(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from llmtk.batch import Batch, Group, Sequence
 from llmtk.models.loading import seeded
-from llmtk.scoring import packed, padded
+from llmtk.scoring import packed, padded, values
 from llmtk.scoring.packed import CannotPack
 
 SMALL = 8
@@ -38,18 +39,53 @@ TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (2e-2, 1e-1), torch.fl
 """Greatest distance, relative to the plain forward's norm, of log-probs and of gradients, by the weights' dtype."""
 
 
-def why_not_packed(root: nn.Module, measured: dict[str, float] | None = None) -> str | None:
+@dataclass(frozen=True)
+class Ways:
+    """Two ways to one number a target, and what makes a root ready for the packed one."""
+
+    what: str
+    """What the numbers are called."""
+    model: Callable[[nn.Module], Any]
+    """Finds in a root the model that they come of."""
+    prepare: Callable[[Any], None]
+    """Makes such a model ready for the padded way."""
+    patch: Callable[[nn.Module], None]
+    packed: Callable[[nn.Module, Batch], Tensor]
+    padded: Callable[[nn.Module, Batch], Tensor]
+
+
+LOGPS = Ways(
+    what="log-probs",
+    model=lambda root: packed.causal_model(root),
+    prepare=lambda model: None,
+    patch=lambda root: packed.patch(root),
+    packed=lambda root, batch: packed.score(root, batch).logps,
+    padded=lambda root, batch: padded.score(root, batch).logps,
+)
+VALUES = Ways(
+    what="values",
+    model=values.find,
+    prepare=values.patch,
+    patch=values.select,
+    packed=values.packed,
+    padded=values.padded,
+)
+
+
+def why_not_packed(root: nn.Module, measured: dict[str, float] | None = None, ways: Ways = LOGPS) -> str | None:
     """Patch the causal model in a root for packed scoring; return None, or why it stays as it was.
 
-    `measured` takes the distances of log-probs and gradients, by what they are of.
+    `measured` takes the distances of log-probs (or of values) and gradients, by what they are of.
     """
     measured = {} if measured is None else measured
     try:
-        causal = packed.causal_model(root)
+        causal = ways.model(root)
         _refuse_known(causal.config.get_text_config())
         twin = _twin(causal)
-        _prove(twin, twin, [p for p in twin.parameters() if p.requires_grad], measured, what="a tiny twin of it")
-        _prove(root, causal, _watched(root), measured, what="the model")
+        ways.prepare(twin)
+        trained = [p for p in twin.parameters() if p.requires_grad]
+        _prove(twin, twin, trained, measured, ways, what="a tiny twin of it")
+        _prove(root, causal, _watched(root), measured, ways, what="the model")
     except CannotPack as reason:
         return str(reason)
     except Exception as error:  # a model of a kind never seen must not end the run: it can be scored padded
@@ -140,11 +176,11 @@ def _narrow(text: Any) -> None:
 
 
 @contextlib.contextmanager
-def _patched(root: nn.Module) -> Iterator[Any]:
+def _patched(root: nn.Module, ways: Ways) -> Iterator[Any]:
     """Patch a root, and take the patch off again unless told to keep it."""
     before = _state(root)
     kept = []
-    packed.patch(root)
+    ways.patch(root)
     try:
         yield lambda: kept.append(True)
     finally:
@@ -164,22 +200,30 @@ def _state(root: nn.Module) -> list[tuple[Any, Any, str | None]]:
     ]
 
 
-def _prove(root: nn.Module, causal: Any, watched: list[nn.Parameter], measured: dict[str, float], *, what: str) -> None:
+def _prove(
+    root: nn.Module,
+    causal: Any,
+    watched: list[nn.Parameter],
+    measured: dict[str, float],
+    ways: Ways = LOGPS,
+    *,
+    what: str,
+) -> None:
     """Patch a root, if both ways agree on random sequences, some behind a shared prefix. CannotPack if they do not."""
     batch = _probe(causal.config.get_text_config()).to(next(causal.parameters()).device)
     coarsest = max((parameter.dtype for parameter in root.parameters()), key=_coarseness)
     near, near_gradient = TOLERANCE.get(coarsest, TOLERANCE[torch.bfloat16])
     try:
         # Before the patch, by whose name a model might choose another way.
-        with _evaluating(root, coarsest):
-            expected = _score(padded.score, root, batch, watched)
-        with _patched(root) as keep:
-            with _evaluating(root, coarsest):
-                found = _score(packed.score, root, batch, watched)
-                plain = _score(padded.score, root, batch, [])
-            distance = measured[f"log-probs of {what}"] = _distance(found[0], expected[0])
+        with evaluating(root), _autocast(root, coarsest):
+            expected = _score(ways.padded, root, batch, watched)
+        with _patched(root, ways) as keep:
+            with evaluating(root), _autocast(root, coarsest):
+                found = _score(ways.packed, root, batch, watched)
+                plain = _score(ways.padded, root, batch, [])
+            distance = measured[f"{ways.what} of {what}"] = _distance(found[0], expected[0])
             if not distance <= near:
-                raise CannotPack(f"packed log-probs of {what} are off by {distance:.1e}, more than {near:.0e}")
+                raise CannotPack(f"packed {ways.what} of {what} are off by {distance:.1e}, more than {near:.0e}")
             # Some gradients are nothing but rounding, such as that of a key's bias, which softmax does not feel.
             floor = 1e-4 * max((float(gradient.norm()) for gradient in expected[1:]), default=0.0)
             distances = [_distance(a, b, floor) for a, b in zip(found[1:], expected[1:], strict=True)]
@@ -189,7 +233,7 @@ def _prove(root: nn.Module, causal: Any, watched: list[nn.Parameter], measured: 
             if not (distance := _distance(plain[0], expected[0])) <= near:
                 raise CannotPack(f"beside packed attention, the plain forward of {what} is off by {distance:.1e}")
             with _autocast(root, coarsest):
-                _prove_training(root, batch)
+                _prove_training(root, batch, ways)
             keep()
     except CannotPack:
         raise
@@ -209,25 +253,24 @@ def _autocast(root: nn.Module, coarsest: torch.dtype) -> contextlib.AbstractCont
 
 
 @contextlib.contextmanager
-def _evaluating(root: nn.Module, coarsest: torch.dtype) -> Iterator[None]:
+def evaluating(root: nn.Module) -> Iterator[None]:
     """Put a root into eval mode, and each of its modules back to what it was."""
     modes = [(module, module.training) for module in root.modules()]
     root.eval()
     try:
-        with _autocast(root, coarsest):
-            yield
+        yield
     finally:
         for module, training in modes:
             module.training = training
 
 
-def _prove_training(root: nn.Module, batch: Batch) -> None:
+def _prove_training(root: nn.Module, batch: Batch, ways: Ways) -> None:
     """Refuse what is only done while training, such as dropout of attention weights."""
     if not any(module.training for module in root.modules()):
         return
     try:
         with torch.no_grad(), _generators_kept(batch.tokens.device):
-            packed.score(root, batch)
+            ways.packed(root, batch)
     except NotImplementedError as error:
         raise CannotPack(f"training it needs {error}") from error
 
@@ -239,11 +282,11 @@ def _generators_kept(device: torch.device) -> contextlib.AbstractContextManager[
 
 def _score(way: Any, root: nn.Module, batch: Batch, watched: list[nn.Parameter]) -> list[Tensor]:
     weights = torch.linspace(-1, 1, len(batch.target_tokens), device=batch.tokens.device)
-    logps = way(root, batch).logps
+    numbers = way(root, batch)
     # A root may hold more than what is scored: a value head has no gradient here.
-    gradients = torch.autograd.grad((logps * weights).sum(), watched, allow_unused=True) if watched else ()
+    gradients = torch.autograd.grad((numbers * weights).sum(), watched, allow_unused=True) if watched else ()
     zeros = (torch.zeros_like(parameter) for parameter in watched)
-    return [logps.detach(), *(zero if g is None else g for g, zero in zip(gradients, zeros, strict=False))]
+    return [numbers.detach(), *(zero if g is None else g for g, zero in zip(gradients, zeros, strict=False))]
 
 
 def _watched(root: nn.Module, count: int = 8) -> list[nn.Parameter]:

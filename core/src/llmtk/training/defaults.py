@@ -46,6 +46,7 @@ def build_models(view: RunView) -> Models:
         compute_dtype=run.backend.compute_dtype,
         frozen_base=config.peft is not None,
         seed=config.train.seed,
+        head=run.stage.head,
     )
     if config.train.gradient_checkpointing:
         # transformers 5.23 has another name for it, and warns of the one that 5.17 knows.
