@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class Layout:
     lengths: list[int]
     prefixes: list[int]
     predictors: Tensor
+    masks: dict[tuple[int | None, torch.device], Any] = field(init=False, default_factory=dict, repr=False)
+    """Masks of this row by window and device, which its layers share. See `llmtk.scoring.flex`."""
 
     @classmethod
     def of(cls, batch: Batch) -> Layout:

@@ -47,7 +47,8 @@ def why_not_packed(root: nn.Module, measured: dict[str, float] | None = None) ->
     try:
         causal = packed.causal_model(root)
         _refuse_known(causal.config.get_text_config())
-        twin = _twin(causal)
+        # On the same device, where attention may be another: its window shows on the twin alone.
+        twin = _twin(causal).to(next(causal.parameters()).device)
         _prove(twin, twin, [p for p in twin.parameters() if p.requires_grad], measured, what="a tiny twin of it")
         _prove(root, causal, _watched(root), measured, what="the model")
     except CannotPack as reason:
