@@ -273,3 +273,19 @@ def test_few_of_many_lengths_and_windows_are_compiled_and_every_scale_and_cap(mo
         near(40, softcap=number)
         near(40, scale=number)
     torch._dynamo.reset()
+
+
+def test_a_row_is_laid_out_without_waiting_for_the_device():
+    """A batch on the meta device has no values: what would read one from the device fails here."""
+    for batch in (alone(), shared()):
+        away = batch.to("meta")
+        layout, there = Layout.of(batch), Layout.of(away)
+        assert (there.lengths, there.prefixes) == (layout.lengths, layout.prefixes)
+        for name in ("ids", "positions", "predictors"):
+            assert getattr(there, name).device.type == "meta"
+            assert getattr(there, name).shape == getattr(layout, name).shape
+        assert flex.block_mask(there, 8, torch.device("meta")).kv_num_blocks.device.type == "meta"
+        for name in ("target_tokens", "target_sequence", "target_counts", "sequence_group"):
+            assert getattr(away, name).device.type == "meta"
+            assert getattr(away, name).shape == getattr(batch, name).shape
+        assert away.sum_by_sequence(away.target_tokens).shape == batch.target_counts.shape

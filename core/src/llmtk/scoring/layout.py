@@ -54,29 +54,27 @@ class Layout:
 
         A single token that stands alone is, since models take no row without any.
         """
-        device = batch.tokens.device
-        is_sequence = batch.is_sequence
-        prefix = batch.segment_prefix
-        fed = torch.maximum(batch.segment_lengths - is_sequence.long(), (prefix == -1).long())
+        device, host = batch.tokens.device, batch.host
+        is_sequence = host.is_sequence
+        prefix, own = host.segment_prefix, host.segment_lengths
+        fed = torch.maximum(own - is_sequence.long(), (prefix == -1).long())
         starts = fed.cumsum(0) - fed
         continues = prefix >= 0
-        behind = torch.where(continues, batch.segment_lengths[prefix.clamp(min=0)], 0)
+        behind = torch.where(continues, own[prefix.clamp(min=0)], 0)
 
-        within = torch.arange(len(batch.tokens), device=device) - batch.segment_starts.repeat_interleave(
-            batch.segment_lengths
-        )
-        segment = torch.arange(len(fed), device=device).repeat_interleave(batch.segment_lengths)
-        kept = within < fed[segment]
+        within = torch.arange(len(host.tokens)) - host.segment_starts.repeat_interleave(own)
+        segment = torch.arange(len(fed)).repeat_interleave(own)
+        kept = (within < fed[segment]).nonzero().flatten()
 
-        target_segment, target_within = segment[batch.targets], within[batch.targets]
+        target_segment, target_within = segment[host.targets], within[host.targets]
         before = starts[target_segment] + target_within - 1
         last_of_prefix = (starts + fed - 1)[prefix[target_segment].clamp(min=0)]
         return cls(
-            ids=batch.tokens[kept][None],
-            positions=(within + behind[segment])[kept][None],
+            ids=batch.tokens[kept.to(device)][None],
+            positions=(within + behind[segment])[kept][None].to(device),
             lengths=fed.tolist(),
             prefixes=torch.where(continues, prefix, -1).tolist(),
-            predictors=torch.where(target_within == 0, last_of_prefix, before),
+            predictors=torch.where(target_within == 0, last_of_prefix, before).to(device),
         )
 
     @cached_property
