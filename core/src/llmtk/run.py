@@ -38,6 +38,7 @@ from llmtk.training.loop import Interrupted
 from llmtk.training.micro_batches import cut_window
 from llmtk.training.order import RowOrder
 from llmtk.training.randomness import Randomness
+from llmtk.training.router import RouterLoss
 from llmtk.training.signals import first_signal
 from llmtk.training.state import TrainState
 
@@ -218,7 +219,7 @@ class Run:
 
     def score(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
         """Return the log-prob of every target token."""
-        return self.scorers[model].score(self._forward(model), batch, also)
+        return self.scorers[model].score(self._forward(model, batch), batch, also)
 
     def score_window(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
         """Score a whole window without gradient, in micro-batches, in eval mode. All ranks must call it together."""
@@ -231,7 +232,7 @@ class Run:
 
     def map_logits(self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = ()) -> Tensor:
         """Apply `fn(logits, *columns)` to the logits at target positions, with the exact gradient."""
-        return self.scorers[None].map_logits(self._forward(None), batch, fn, columns)
+        return self.scorers[None].map_logits(self._forward(None, batch), batch, fn, columns)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
         """Sample completions of tokenised prompts with the current policy, without gradient."""
@@ -440,6 +441,7 @@ class Run:
 
             disable_dropout(self.model)
         self.model.train()
+        self.router = RouterLoss(self.model, self.notify)
         self.scorers: dict[str | None, Scorer] = {None: self._scorer(self.model)} | {
             name: self._scorer(m) for name, m in self.frozen.items()
         }
@@ -545,9 +547,15 @@ class Run:
 
     # Small things
 
-    def _forward(self, model: str | None) -> Callable[..., Any]:
+    def _forward(self, model: str | None, batch: Batch) -> Callable[..., Any]:
         if model is None:
-            return self.backend.wrapped
+
+            def policy(**inputs: Any) -> Any:
+                output = self.backend.wrapped(**inputs)
+                self.router.hear(output, batch)
+                return output
+
+            return policy
         frozen = self.frozen[model]
 
         def forward(**inputs: Any) -> Any:

@@ -37,7 +37,7 @@ class Layout:
 
     `ids`, `positions` (1, T); `lengths` of the segments in their order, which add up to T; `prefixes`, for each segment
     the one that it continues, or -1; `predictors` (targets,), the index in the row whose hidden state predicts each
-    target.
+    target; `copies` (T,) int64, how many sequences read each token: several that of a prefix.
     """
 
     ids: Tensor
@@ -45,6 +45,7 @@ class Layout:
     lengths: list[int]
     prefixes: list[int]
     predictors: Tensor
+    copies: Tensor
     masks: dict[tuple[int | None, torch.device], Any] = field(init=False, default_factory=dict, repr=False)
     """Masks of this row by window and device, which its layers share. See `llmtk.scoring.flex`."""
 
@@ -69,12 +70,14 @@ class Layout:
         target_segment, target_within = segment[host.targets], within[host.targets]
         before = starts[target_segment] + target_within - 1
         last_of_prefix = (starts + fed - 1)[prefix[target_segment].clamp(min=0)]
+        readers = is_sequence.long().scatter_add(0, prefix.clamp(min=0), continues.long())
         return cls(
             ids=batch.tokens[kept.to(device)][None],
             positions=(within + behind[segment])[kept][None].to(device),
             lengths=fed.tolist(),
             prefixes=torch.where(continues, prefix, -1).tolist(),
             predictors=torch.where(target_within == 0, last_of_prefix, before).to(device),
+            copies=readers[segment][kept].to(device),
         )
 
     @cached_property
