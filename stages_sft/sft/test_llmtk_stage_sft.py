@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -239,3 +240,47 @@ def test_it_trains_on_real_instructions(tmp_path: Path) -> None:
     assert np.isfinite(result.metrics["eval_loss"])
     row = run.train_rows[0]
     assert "<|im_start|>user" in run.tokenizer.decode(row["input_ids"])
+
+
+@pytest.mark.parametrize("scoring", ["auto", "padded"])
+def test_a_mixture_of_experts_trains_with_its_router_loss(tmp_path: Path, scoring: str) -> None:
+    """Loss and gradients of a step are those of transformers' own forward with labels, on the tokens that are fed."""
+    coefficient = 0.3
+    fields = TINY | {
+        "model_type": "mixtral",
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "output_router_logits": True,
+        "router_aux_loss_coef": coefficient,
+    }
+    rows = [{"prompt": prompt, "completion": end} for prompt, end in (("1+1=", "2."), ("2+3=", "5!"), ("4+4=", "8?"))]
+    run = Run(
+        "sft",
+        model={"from_config": fields, "tokenizer": {"kind": "byte"}},
+        data={"train": rows},
+        train={
+            **{"bf16": False, "scoring": scoring, "per_device_train_batch_size": 3, "max_steps": 1},
+            **{"optim": "sgd", "learning_rate": 1e3, "lr_scheduler_type": "constant", "max_grad_norm": 1e9},
+        },
+        output_dir=str(tmp_path / "run"),
+    )
+    run.save(tmp_path / "start")
+    run.train()
+    assert run.scorers[None].packed == (scoring == "auto")
+
+    model = llmtk.load(str(tmp_path / "start"))[0].float().train()
+    ids = torch.tensor([run.train_rows[index]["input_ids"] for index in range(3)])
+    wanted = torch.tensor([run.train_rows[index]["targets"] for index in range(3)])
+    labels = ids.masked_fill(~wanted, -100)
+    fed = {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1])}
+    output = model(**fed, labels=labels[:, :-1], shift_labels=labels[:, 1:].contiguous())
+    output.loss.backward()
+
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["loss"] == pytest.approx(float(output.loss), rel=1e-6)
+    assert line["router_loss"] == pytest.approx(float(output.aux_loss), rel=1e-6)
+    assert line["loss/loss"] == pytest.approx(float(output.loss - coefficient * output.aux_loss), rel=1e-6)
+    for (name, before), after in zip(model.named_parameters(), run.model.parameters(), strict=True):
+        gradient = (before.detach().double() - after.detach().double()) / 1e3
+        assert float((gradient - before.grad.double()).norm()) <= 1e-6 * float(before.grad.double().norm()), name

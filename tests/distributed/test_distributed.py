@@ -106,6 +106,7 @@ TRAININGS = (
     "dealt",
     "tail",
     "tail_of_three",
+    "experts",
     "lora",
     "zero_weight",
 )
@@ -176,6 +177,12 @@ def test_a_rank_with_nothing_to_split_takes_part(answer: Answers) -> None:
     first, second = (answer("tail_of_three", 2, rank) for rank in (0, 1))
     assert [first["shares"][1], second["shares"][1]] == [2, 1]
     assert first["forwards"] == second["forwards"]
+
+
+def test_ranks_with_unequal_rows_agree_on_the_router_loss(answer: Answers) -> None:
+    one, two = ([line["router_loss"] for line in answer("experts", size)["metrics"]] for size in (1, 2))
+    assert one == pytest.approx(two, rel=1e-5)
+    assert len(set(one)) == 20
 
 
 def test_a_weight_that_is_zero_drops_its_term_on_all_ranks(answer: Answers) -> None:

@@ -230,6 +230,15 @@ def tail_of_three(world: World) -> Answer:
     return trained(make(world, "three", data=rows(11), in_order=True, **settings))
 
 
+def experts(world: World) -> Answer:
+    """The batches of `tail_of_three`, with a router loss: each row has its own, however many ranks there are."""
+    routed = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.1}
+    model = {"from_config": TINY | {"model_type": "mixtral", "output_router_logits": True} | routed}
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8 // world.size}
+    model |= {"tokenizer": {"kind": "byte"}}
+    return trained(make(world, "experts", data=rows(11), in_order=True, model=model, **settings))
+
+
 def lora(world: World) -> Answer:
     """On the model of `sgd`, with activations recomputed."""
     # Each world on its own copy would start from weights that differ in the last bits.
@@ -625,6 +634,7 @@ CHECKS: list[Callable[[World], Answer]] = [
     dealt,
     tail,
     tail_of_three,
+    experts,
     lora,
     zero_weight,
     partial_metrics,

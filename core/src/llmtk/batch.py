@@ -7,10 +7,10 @@ checkpoint may fall between any two windows of a round. How a batch is computed 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, update_wrapper
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,19 @@ from torch import Tensor
 Array = np.ndarray[Any, Any]
 Tokens = Tensor | Array | SequenceOf[int]
 Values = Tensor | Array | SequenceOf[Any]
+
+
+def _on_host(compute: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
+    """Work a property out on the CPU: how long it is, an accelerator would have to be waited for."""
+
+    def get(batch: Batch) -> Tensor:
+        host = batch.host
+        if host is batch:
+            return compute(batch)
+        found: Tensor = getattr(host, compute.__name__)
+        return found.to(batch.tokens.device, non_blocking=True)
+
+    return update_wrapper(get, compute)
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,12 @@ class Batch:
         """Return the number of groups."""
         return len(self.places)
 
+    @property
+    def host(self) -> Batch:
+        """This batch on the CPU: the one that was moved to the device, without a copy back."""
+        moved: Batch | None = self.__dict__.get("_moved")
+        return moved if moved is not None else self.to("cpu")
+
     @cached_property
     def is_sequence(self) -> Tensor:
         """(segments,) bool: false for prefixes."""
@@ -132,25 +151,34 @@ class Batch:
         return self.segment_lengths.cumsum(0) - self.segment_lengths
 
     @cached_property
+    @_on_host
     def sequence_group(self) -> Tensor:
         """(sequences,) int64: the group of each sequence."""
         return self.segment_group[self.is_sequence]
 
     @cached_property
+    @_on_host
     def target_sequence(self) -> Tensor:
         """(targets,) int64: the sequence that each target token belongs to."""
         sequence_of_segment = self.is_sequence.cumsum(0) - 1
         return sequence_of_segment.repeat_interleave(self.segment_lengths)[self.targets]
 
     @cached_property
+    @_on_host
     def target_counts(self) -> Tensor:
         """(sequences,) int64: target tokens of each sequence."""
         return torch.bincount(self.target_sequence, minlength=int(self.is_sequence.sum()))
 
     @cached_property
+    @_on_host
+    def target_positions(self) -> Tensor:
+        """(targets,) int64: where in `tokens` each target stands."""
+        return self.targets.nonzero().flatten()
+
+    @cached_property
     def target_tokens(self) -> Tensor:
         """(targets,) int64: the token at each target position."""
-        return self.tokens[self.targets]
+        return self.tokens[self.target_positions]
 
     @cached_property
     def group_tokens(self) -> Tensor:
@@ -216,9 +244,12 @@ class Batch:
         """Return this batch with every tensor on the device."""
         if self.tokens.device == torch.device(device):
             return self
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        if self.tokens.device.type == "cpu":
+            moved.__dict__["_moved"] = self
+        return moved
 
-    def _map(self, fn: Any) -> Batch:
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return Batch(**{name: _apply(fn, value) for name, value in values.items()})
 

@@ -41,6 +41,7 @@ from llmtk.training.micro_batches import cut_window
 from llmtk.training.order import RowOrder, row_lengths, share
 from llmtk.training.precompute import Precomputed, precompute
 from llmtk.training.randomness import Randomness
+from llmtk.training.router import RouterLoss
 from llmtk.training.signals import first_signal
 from llmtk.training.state import TrainState
 
@@ -226,7 +227,7 @@ class Run:
         """Return the log-prob of every target token."""
         if self.precomputed is not None and model == REFERENCE:
             return self.precomputed.scores(batch, also)
-        return self.scorers[model].score(self._forward(model), batch, also)
+        return self.scorers[model].score(self._forward(model, batch), batch, also)
 
     def score_window(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
         """Score a whole window without gradient, in micro-batches, in eval mode. All ranks must call it together."""
@@ -238,7 +239,7 @@ class Run:
 
     def values(self, batch: Batch, *, model: str | None = None) -> Tensor:
         """Return the value (targets,) at the position that predicts each target, by a head of one value a token."""
-        return self.scorers[model].values(self._forward(model), batch)
+        return self.scorers[model].values(self._forward(model, batch), batch)
 
     def values_window(self, batch: Batch, *, model: str | None = None) -> Tensor:
         """Return a whole window's values (targets,), as `score_window` scores it. All ranks must call it together."""
@@ -249,7 +250,7 @@ class Run:
 
     def map_logits(self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = ()) -> Tensor:
         """Apply `fn(logits, *columns)` to the logits at target positions, with the exact gradient."""
-        return self.scorers[None].map_logits(self._forward(None), batch, fn, columns)
+        return self.scorers[None].map_logits(self._forward(None, batch), batch, fn, columns)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
         """Sample completions of tokenised prompts with the current policy, without gradient."""
@@ -472,6 +473,7 @@ class Run:
 
             disable_dropout(self.model)
         self.model.train()
+        self.router = RouterLoss(self.model, self.notify)
         own = self._scorer(self.model)
         self.scorers: dict[str | None, Scorer] = {None: own, **dict.fromkeys(self.views, own)}
         self.scorers |= {name: self._scorer(model) for name, model in self.frozen.items()}
@@ -590,9 +592,15 @@ class Run:
         counting = [part for part in cut.parts if part.counts]
         return answers[: len(counting)], batch.targets_of([group for part in counting for group in part.groups])
 
-    def _forward(self, model: str | None) -> Callable[..., Any]:
+    def _forward(self, model: str | None, batch: Batch) -> Callable[..., Any]:
         if model is None:
-            return self.backend.wrapped
+
+            def policy(**inputs: Any) -> Any:
+                output = self.backend.wrapped(**inputs)
+                self.router.hear(output, batch)
+                return output
+
+            return policy
         if model in self.views:
             view, wrapped = self.views[model], self.backend.wrapped
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmtk.scoring import flex
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -72,7 +74,7 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> Tensor:
     """Attend: query (1, heads, T, width), key and value (1, key heads, T, width) to (1, T, heads, value width).
 
@@ -86,6 +88,8 @@ def packed_attention(
         # Rotary embeddings come out in float32; torch's own attention casts under autocast, and so does this one.
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if flex.expresses(query, value, others):
+        return flex.attend(query, key, value, layout, scale, sliding_window, softcap or 0.0)
     if layout.grid is not None and layout.grid.longest < LONG:
         return _attend_grid(query[0], key[0], value[0], layout.grid, scale, sliding_window, softcap or 0.0)
     # `split`, since its backward pass is one copy; slices would each fill a whole row with zeros.

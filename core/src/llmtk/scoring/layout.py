@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Layout:
 
     `ids`, `positions` (1, T); `lengths` of the segments in their order, which add up to T; `prefixes`, for each segment
     the one that it continues, or -1; `predictors` (targets,), the index in the row whose hidden state predicts each
-    target.
+    target; `copies` (T,) int64, how many sequences read each token: several that of a prefix.
     """
 
     ids: Tensor
@@ -45,6 +45,9 @@ class Layout:
     lengths: list[int]
     prefixes: list[int]
     predictors: Tensor
+    copies: Tensor
+    masks: dict[tuple[int | None, torch.device], Any] = field(init=False, default_factory=dict, repr=False)
+    """Masks of this row by window and device, which its layers share. See `llmtk.scoring.flex`."""
 
     @classmethod
     def of(cls, batch: Batch) -> Layout:
@@ -52,29 +55,29 @@ class Layout:
 
         A single token that stands alone is, since models take no row without any.
         """
-        device = batch.tokens.device
-        is_sequence = batch.is_sequence
-        prefix = batch.segment_prefix
-        fed = torch.maximum(batch.segment_lengths - is_sequence.long(), (prefix == -1).long())
+        device, host = batch.tokens.device, batch.host
+        is_sequence = host.is_sequence
+        prefix, own = host.segment_prefix, host.segment_lengths
+        fed = torch.maximum(own - is_sequence.long(), (prefix == -1).long())
         starts = fed.cumsum(0) - fed
         continues = prefix >= 0
-        behind = torch.where(continues, batch.segment_lengths[prefix.clamp(min=0)], 0)
+        behind = torch.where(continues, own[prefix.clamp(min=0)], 0)
 
-        within = torch.arange(len(batch.tokens), device=device) - batch.segment_starts.repeat_interleave(
-            batch.segment_lengths
-        )
-        segment = torch.arange(len(fed), device=device).repeat_interleave(batch.segment_lengths)
-        kept = within < fed[segment]
+        within = torch.arange(len(host.tokens)) - host.segment_starts.repeat_interleave(own)
+        segment = torch.arange(len(fed)).repeat_interleave(own)
+        kept = (within < fed[segment]).nonzero().flatten()
 
-        target_segment, target_within = segment[batch.targets], within[batch.targets]
+        target_segment, target_within = segment[host.targets], within[host.targets]
         before = starts[target_segment] + target_within - 1
         last_of_prefix = (starts + fed - 1)[prefix[target_segment].clamp(min=0)]
+        readers = is_sequence.long().scatter_add(0, prefix.clamp(min=0), continues.long())
         return cls(
-            ids=batch.tokens[kept][None],
-            positions=(within + behind[segment])[kept][None],
+            ids=batch.tokens[kept.to(device)][None],
+            positions=(within + behind[segment])[kept][None].to(device),
             lengths=fed.tolist(),
             prefixes=torch.where(continues, prefix, -1).tolist(),
-            predictors=torch.where(target_within == 0, last_of_prefix, before),
+            predictors=torch.where(target_within == 0, last_of_prefix, before).to(device),
+            copies=readers[segment][kept].to(device),
         )
 
     @cached_property

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmtk.scoring import attention
+from llmtk.scoring import attention, router
 from llmtk.scoring.head import TILE_ELEMENTS, HeadScores, HeadShape, head_scores, shaped
 from llmtk.scoring.layout import Layout
 from llmtk.scoring.scores import ALSO, Scores, checked
@@ -88,6 +88,7 @@ def patch(root: nn.Module) -> None:
         kind = f"{type(head).__module__.partition('.')[0]}'s {type(head).__name__}"
         raise CannotPack(f"its head is {kind}, not a plain linear layer")
     shape = head_shape(causal.config)
+    routed = router.coefficient(causal) is not None
     _select(causal)
     plain_head, plain = _function(head), _function(causal)
 
@@ -102,9 +103,10 @@ def patch(root: nn.Module) -> None:
         task: Task | None = kwargs.pop(TASK, None)
         if task is None:
             return plain(self, *args, **kwargs)
-        hidden = _trunk(self, task.layout)
+        hidden, router_loss = _trunk(self, task.layout, routed)
         # The head is called as a module, so that FSDP gathers its weight.
-        return self.get_output_embeddings()(hidden[0].index_select(0, task.layout.predictors), task=task)
+        found = self.get_output_embeddings()(hidden[0].index_select(0, task.layout.predictors), task=task)
+        return found if router_loss is None else {**found, router.NAME: router_loss}
 
     head.__dict__["forward"] = MethodType(forward_head, head)
     causal.forward = MethodType(forward, causal)
@@ -151,8 +153,8 @@ def _select(causal: Any) -> None:
             module.config._attn_implementation = name
 
 
-def _trunk(causal: Any, layout: Layout) -> Tensor:
-    """Run the model without its head: hidden states (1, T, width) behind the last norm."""
+def _trunk(causal: Any, layout: Layout, routed: bool) -> tuple[Tensor, Tensor | None]:
+    """Run the model without its head: hidden states (1, T, width) behind the last norm, and a router loss if asked."""
     # A 4-D mask is taken as it is: no mask is built, and packed attention does not look at it.
     no_mask = torch.zeros(1, 1, 1, 1, device=layout.ids.device)
     output = causal.base_model(
@@ -161,9 +163,14 @@ def _trunk(causal: Any, layout: Layout) -> Tensor:
         position_ids=layout.positions,
         use_cache=False,
         **{attention.LAYOUT: layout},
+        **({"output_router_logits": True} if routed else {}),
     )
     hidden: Tensor = output.last_hidden_state
-    return hidden
+    if not routed or not output.router_logits:
+        return hidden, None
+    # That the choice is the k likeliest, and nothing else, is for the proof to find.
+    taken = causal.config.get_text_config().num_experts_per_tok
+    return hidden, router.router_loss(output.router_logits, layout.copies, taken)
 
 
 def _named(scores: HeadScores) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmtk.batch import Batch, Group, Sequence
 from llmtk.models.loading import seeded
-from llmtk.scoring import packed, padded, values
+from llmtk.scoring import packed, padded, router, values
 from llmtk.scoring.packed import CannotPack
 
 SMALL = 8
@@ -81,7 +81,8 @@ def why_not_packed(root: nn.Module, measured: dict[str, float] | None = None, wa
     try:
         causal = ways.model(root)
         _refuse_known(causal.config.get_text_config())
-        twin = _twin(causal)
+        # On the same device, where attention may be another: its window shows on the twin alone.
+        twin = _twin(causal).to(next(causal.parameters()).device)
         ways.prepare(twin)
         trained = [p for p in twin.parameters() if p.requires_grad]
         _prove(twin, twin, trained, measured, ways, what="a tiny twin of it")
@@ -224,9 +225,13 @@ def _prove(
             distance = measured[f"{ways.what} of {what}"] = _distance(found[0], expected[0])
             if not distance <= near:
                 raise CannotPack(f"packed {ways.what} of {what} are off by {distance:.1e}, more than {near:.0e}")
+            if found[1].any() or expected[1].any():
+                distance = measured[f"router loss of {what}"] = _distance(found[1], expected[1])
+            if not distance <= near:
+                raise CannotPack(f"the packed router loss of {what} is off by {distance:.1e}, more than {near:.0e}")
             # Some gradients are nothing but rounding, such as that of a key's bias, which softmax does not feel.
-            floor = 1e-4 * max((float(gradient.norm()) for gradient in expected[1:]), default=0.0)
-            distances = [_distance(a, b, floor) for a, b in zip(found[1:], expected[1:], strict=True)]
+            floor = 1e-4 * max((float(gradient.norm()) for gradient in expected[2:]), default=0.0)
+            distances = [_distance(a, b, floor) for a, b in zip(found[2:], expected[2:], strict=True)]
             distance = measured[f"gradients of {what}"] = max(distances, default=0.0)
             if not distance <= near_gradient:
                 raise CannotPack(f"packed gradients of {what} are off by {distance:.1e}, more than {near_gradient:.0e}")
@@ -281,12 +286,27 @@ def _generators_kept(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 def _score(way: Any, root: nn.Module, batch: Batch, watched: list[nn.Parameter]) -> list[Tensor]:
+    """Return log-probs, the router loss (0 where there is none), and gradients of both together."""
+    router_loss = torch.zeros((), device=batch.tokens.device)
+
+    def forward(**inputs: Any) -> Any:
+        nonlocal router_loss
+        output = root(**inputs)
+        if (loss := router.loss_in(output)) is not None:
+            router_loss = loss
+        return output
+
     weights = torch.linspace(-1, 1, len(batch.target_tokens), device=batch.tokens.device)
-    numbers = way(root, batch)
+    numbers = way(forward, batch)
     # A root may hold more than what is scored: a value head has no gradient here.
-    gradients = torch.autograd.grad((numbers * weights).sum(), watched, allow_unused=True) if watched else ()
+    total = (numbers * weights).sum() + router_loss
+    gradients = torch.autograd.grad(total, watched, allow_unused=True) if watched else ()
     zeros = (torch.zeros_like(parameter) for parameter in watched)
-    return [numbers.detach(), *(zero if g is None else g for g, zero in zip(gradients, zeros, strict=False))]
+    return [
+        numbers.detach(),
+        router_loss.detach(),
+        *(zero if g is None else g for g, zero in zip(gradients, zeros, strict=False)),
+    ]
 
 
 def _watched(root: nn.Module, count: int = 8) -> list[nn.Parameter]:

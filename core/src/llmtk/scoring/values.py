@@ -108,7 +108,7 @@ def patch(model: Any) -> None:
         if task is None:
             return plain(self, *args, **kwargs)
         if task.layout is not None:
-            hidden = _trunk(self, task.layout)
+            hidden, _ = _trunk(self, task.layout, routed=False)
         else:
             ids = kwargs.get("input_ids", args[0] if args else None)
             hidden = self.base_model(input_ids=ids, attention_mask=task.mask, use_cache=False).last_hidden_state
