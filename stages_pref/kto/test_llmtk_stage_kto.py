@@ -472,7 +472,7 @@ def test_it_learns_which_answers_are_desirable(tmp_path: Path, loss: str) -> Non
 @pytest.mark.slow
 def test_the_demo_improves(tmp_path: Path) -> None:
     figures = Run(Kto, output_dir=str(tmp_path / "run")).train().metrics
-    assert figures["figure_after"] > figures["figure_before"] + 0.02
+    assert figures["figure_after"] > figures["figure_before"] + 0.01
     assert figures["exact match_after"] >= figures["exact match_before"]
 
 
