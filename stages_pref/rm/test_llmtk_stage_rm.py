@@ -305,6 +305,16 @@ def test_what_a_reward_model_cannot_do_is_said(tmp_path: Path) -> None:
         Run("sft", model=str(tmp_path / "rewards"), data=ROWS, output_dir=str(tmp_path / "sft")).train()
 
 
+def test_an_adapter_of_a_language_model_is_refused(tmp_path: Path) -> None:
+    base = language_model(tmp_path / "base")
+    rows = [{"prompt": "1+1=", "completion": "2"}] * 8
+    train = {"max_steps": 1, "bf16": False, "eval_strategy": "no"}
+    sft = Run("sft", model=str(base), data=rows, peft={"r": 2}, train=train, output_dir=str(tmp_path / "sft"))
+    sft.train()
+    with pytest.raises(ModelLoadError, match="is an adapter of a language model, and a model with a head of one value"):
+        make(tmp_path / "run", model=str(tmp_path / "sft")).train()
+
+
 # llmtk score
 
 
@@ -387,7 +397,8 @@ def test_rewards_of_tokens_share_their_prompts(trained: Path) -> None:
 
 
 def test_the_demo_learns(tmp_path: Path) -> None:
-    run = Run(RewardModeling, train={"max_steps": 25}, output_dir=str(tmp_path / "run"))
+    train = {"max_steps": 25, "per_device_train_batch_size": 32}
+    run = Run(RewardModeling, train=train, output_dir=str(tmp_path / "run"))
     figures = run.train().metrics
     assert 0.35 < figures["figure_before"] < 0.65
     assert figures["eval_loss"] < math.log(2)
@@ -396,4 +407,4 @@ def test_the_demo_learns(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_whole_demo_improves_visibly(tmp_path: Path) -> None:
     figures = Run(RewardModeling, output_dir=str(tmp_path / "run")).train().metrics
-    assert figures["figure_after"] > figures["figure_before"] + 0.12
+    assert figures["figure_after"] > figures["figure_before"] + 0.3
