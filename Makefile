@@ -24,8 +24,9 @@ help:
 demo: $(VENV)/.used
 	$(BIN)/llmtk run sft
 
+# A file to a process, and a thread to each: two threads that share a busy core wait for each other longer than they work.
 test: $(VENV)/.developed
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.developed
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llmtk_pref import demo_rows
 
 from llmtk.config.reading import to_yaml
 from llmtk.demo import addition
@@ -56,6 +57,7 @@ class Nursery:
         self.runs = 0
         self.child: int | None = None
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment["LLMTK_CACHE"] = str(logs / "cache")
         self.process = subprocess.Popen(
             [sys.executable, str(NURSERY)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -153,7 +155,7 @@ def base(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(stage: str, method: str, folder: Path, base: Path | None, **more: Any) -> dict[str, Any]:
     """Return a run's settings, as `llmtk.Run` takes them."""
-    make = addition.texts if stage == "pt" else addition.rows
+    make = {"pt": addition.texts, "sft": addition.rows, "three-windows": addition.rows}.get(stage, demo_rows)
     model: dict[str, Any] = {"from_config": TINY, "tokenizer": {"kind": "byte"}}
     peft = None
     if method == "lora":
@@ -261,6 +263,46 @@ def test_a_run_killed_inside_a_round_goes_on(nursery: Nursery, tmp_path: Path) -
         assert nursery.end() == KILLED
     nursery.finish(**run | {"output_dir": str(tmp_path / "killed"), "resume": "auto"})
     check_same(tmp_path / "killed", tmp_path / "uninterrupted")
+
+
+PREFERENCES = [
+    ("dpo", "full"),
+    ("dpo", "lora"),
+    ("dpo", "precomputed"),
+    ("dpo", "moving"),
+    ("ipo", "full"),
+    ("kto", "full"),
+    ("kto", "lora"),
+    ("cpo", "full"),
+    ("simpo", "full"),
+    ("orpo", "full"),
+    ("rm", "full"),
+]
+
+
+def preference_settings(stage: str, method: str, folder: Path, base: Path | None) -> dict[str, Any]:
+    """Return a run's settings on pairs, whose reference is kept in the way that the method names."""
+    more = {"precompute_reference": True} if method == "precomputed" else {}
+    run = settings(stage, method, folder, base, **more)
+    if method == "moving":
+        run[stage] = {"sync_ref_model": True, "ref_model_sync_steps": 3}
+    if stage == "rm":
+        del run["samples"]  # it answers nothing
+    return run
+
+
+def test_a_killed_run_on_preferences_goes_on_bit_by_bit(nursery: Nursery, tmp_path: Path) -> None:
+    counts = kill_and_resume(nursery, preference_settings("kto", "full", tmp_path, None), kills=2, seed="a few")
+    assert counts["by time"] == counts["in an operation"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "method"), PREFERENCES)
+def test_ten_kills_of_runs_on_preferences(
+    nursery: Nursery, tmp_path: Path, base: Path, stage: str, method: str
+) -> None:
+    run = preference_settings(stage, method, tmp_path, base)
+    assert kill_and_resume(nursery, run, kills=10, seed=f"{stage} {method}")["killed"] == 10
 
 
 @pytest.mark.slow

@@ -105,6 +105,18 @@ def test_a_stage_is_there_once_it_is_installed_and_gone_once_it_is_removed(wheel
     runs_sft(environment, tmp_path / "run")
 
 
+def test_kto_alone_trains_and_improves(wheels: Path, tmp_path: Path) -> None:
+    environment = Environment(tmp_path / "venv")
+    environment.borrow(tmp_path / "borrowed" / "site-packages")
+    from_wheels = ["install", "--no-index", "--find-links", str(wheels), "--no-deps"]
+    environment.pip(*from_wheels, "llmtk-core", "llmtk-pref", "llmtk-stage-kto")
+    assert environment.stages() == ["kto"]
+    environment.llmtk("run", "kto", f"output_dir={tmp_path / 'run'}")
+    metrics = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
+    assert metrics["figure_after"] > metrics["figure_before"]
+    assert metrics["exact match_after"] >= metrics["exact match_before"]
+
+
 @pytest.mark.slow
 def test_a_user_installs_a_stage_with_one_command(wheels: Path, tmp_path: Path) -> None:
     environment = Environment(tmp_path / "venv")

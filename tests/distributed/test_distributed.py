@@ -134,7 +134,23 @@ def test_two_ranks_train_as_one_does(answer: Answers, check: str) -> None:
         assert mine == pytest.approx(theirs, rel=1e-5)
 
 
-@pytest.mark.parametrize("check", TRAININGS)
+PREFERENCES = ("dpo", "dpo_transport", "dpo_moving", "ipo", "kto", "cpo", "simpo", "orpo", "rm", "precomputed")
+
+
+@pytest.mark.parametrize("check", PREFERENCES)
+def test_two_ranks_learn_preferences_as_one_does(answer: Answers, check: str) -> None:
+    one, two = answer(check, 1), answer(check, 2)
+    assert one["steps"] == two["steps"] == 6
+    assert distance(two["weights"], one["weights"]) < 1e-6
+    for mine, theirs in zip(two["metrics"], one["metrics"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+def test_a_precomputed_reference_is_the_reference(answer: Answers) -> None:
+    assert distance(answer("precomputed", 2)["weights"], answer("dpo", 2)["weights"]) < 1e-6
+
+
+@pytest.mark.parametrize("check", [*TRAININGS, *PREFERENCES])
 def test_ranks_hold_the_same_weights(answer: Answers, check: str) -> None:
     assert answer(check, 2, 0)["weights"] == answer(check, 2, 1)["weights"]
 

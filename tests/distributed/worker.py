@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llmtk_pref import demo_rows
 from llmtk_stage_sft import SupervisedFineTuning
 
 from llmtk import Group, LossOutput, Mean, Round, Run, Sequence, Term, hookimpl
@@ -119,7 +120,7 @@ class InOrder:
 def make(
     world: World,
     name: str,
-    stage: type = Probe,
+    stage: type | str = Probe,
     *,
     data: list[dict[str, str]] | None = None,
     evaluation: list[dict[str, str]] | None = None,
@@ -128,6 +129,7 @@ def make(
     model: Any = None,
     peft: Any = None,
     resume: str | None = None,
+    options: Any = None,
     **train: Any,
 ) -> Run:
     """Make a run whose global batch is 8 rows, however many ranks there are."""
@@ -143,6 +145,7 @@ def make(
         resume=resume,
         output_dir=str(world.out / f"{name}-{world.size}"),
         train=settings | train,
+        **({stage: options} if isinstance(stage, str) else {}),
     )
     run.said = []
     speak = run.console.say
@@ -246,6 +249,42 @@ def lora(world: World) -> Answer:
     peft = {"r": 4, "lora_alpha": 8}
     model = {"name_or_path": str(base)}
     return trained(make(world, "lora", model=model, peft=peft, gradient_checkpointing=True, learning_rate=0.5))
+
+
+# Preference stages, whose windows are looked at as a whole: by kto for its KL, by dpo's transport for its sorts
+
+PREFERENCES: dict[str, tuple[str, Answer]] = {
+    "dpo": ("dpo", {}),
+    "dpo_transport": ("dpo", {"loss": ["aot", "aot_unpaired"]}),
+    "dpo_moving": ("dpo", {"sync_ref_model": True, "ref_model_sync_steps": 2}),
+    "ipo": ("ipo", {}),
+    "kto": ("kto", {}),
+    "cpo": ("cpo", {}),
+    "simpo": ("simpo", {}),
+    "orpo": ("orpo", {"nll_on": "all"}),
+    "rm": ("rm", {"center_rewards_coefficient": 0.1}),
+}
+
+
+def preference(name: str) -> Callable[[World], Answer]:
+    """Return the check of a stage, with rows left over at the end of an epoch."""
+    stage, options = PREFERENCES[name]
+
+    def check(world: World) -> Answer:
+        pairs = demo_rows("train", 19)
+        settings = {"max_steps": 6, "learning_rate": 0.05, "eval_strategy": "steps", "eval_steps": 3}
+        return trained(make(world, name, stage, data=pairs, evaluation=pairs[:5], options=options, **settings))
+
+    check.__name__ = name
+    return check
+
+
+def precomputed(world: World) -> Answer:
+    """The reference's log-probs computed by two ranks, each its share."""
+    os.environ["LLMTK_CACHE"] = str(world.out / f"cache-{world.size}")
+    pairs = demo_rows("train", 19)
+    run = make(world, "precomputed", "dpo", data=pairs, max_steps=6, learning_rate=0.05, precompute_reference=True)
+    return trained(run)
 
 
 class Bonus(Probe):
@@ -637,6 +676,8 @@ CHECKS: list[Callable[[World], Answer]] = [
     experts,
     lora,
     zero_weight,
+    *map(preference, PREFERENCES),
+    precomputed,
     partial_metrics,
     evaluation,
     stop,

@@ -28,7 +28,13 @@ def write_samples(run: Run) -> None:
 
 
 def _prompt(row: Row) -> list[int]:
-    """Return the tokens before the first target; of a row that is all targets, the first quarter."""
+    """Return the tokens before the first target; of a row that is all targets, the first quarter.
+
+    Models take no empty prompt: an answer behind none gives its first token.
+    """
+    if "prompt_ids" in row:
+        answers = (ids for name, ids in row.items() if name.endswith("_ids") and ids)
+        return list(row["prompt_ids"] or next(answers)[:1])
     ids, targets = list(row["input_ids"]), row.get("targets")
     if targets is None:
         return ids[: max(1, len(ids) // 4)]
