@@ -1,11 +1,12 @@
 """llmtk beside TRL 1.16.0: the same weights, tokenizer, rows and order, turn about, each in a fresh process.
 
-    python tests/benchmarks/peers.py [--jobs sft dpo] [--rounds 3] [--steps 4] [--checkpointing] [--data FOLDER]
+    python tests/benchmarks/peers.py [--jobs sft dpo kto] [--rounds 3] [--steps 4] [--checkpointing] [--data FOLDER]
 
 The model has the shape of SmolLM2-135M with random weights; both sides compute in bfloat16 (autocast) with AdamW. TRL
 gets a virtual environment of its own under .venv-trl, made on the first call. Printed: the median seconds of a step,
-real tokens a second, peak memory, their ratios, and the two loss curves, which must agree. The rows are those of
-alpaca_en_demo.json and dpo_en_demo.json; where the folder is absent, the benchmark says so and ends.
+real tokens a second, peak memory, their ratios, and the two loss curves, which must agree (kto's in the first step, as
+the two estimate its KL on other mismatched answers). The rows are those of alpaca_en_demo.json, dpo_en_demo.json and
+kto_en_demo.json; where the folder is absent, the benchmark says so and ends.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ SHAPE = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 2048,
 }
-ROWS = {"sft": 8, "dpo": 4}
+ROWS = {"sft": 8, "dpo": 4, "kto": 4}
 """Rows (or pairs) of a step."""
-FILES = {"sft": "alpaca_en_demo.json", "dpo": "dpo_en_demo.json"}
+FILES = {"sft": "alpaca_en_demo.json", "dpo": "dpo_en_demo.json", "kto": "kto_en_demo.json"}
+ANSWERS = ("completion", "chosen", "rejected")
+"""Columns of a row that stand behind its prompt."""
 MAX_LENGTH = 512
 
 
@@ -94,19 +97,17 @@ def prepare(job: str, folder: Path, options: argparse.Namespace) -> int:
 
     rows = READ[job](json.loads((options.data / FILES[job]).read_text()))
     config = ModelConfig(from_config=SHAPE, tokenizer=TokenizerConfig(kind="bpe", vocab_size=16384))
-    tokenizer = load_tokenizer(config, lambda: (text for row in rows for text in row.values()))
+    tokenizer = load_tokenizer(config, lambda: (text for row in rows for text in row.values() if isinstance(text, str)))
 
-    def length(row: dict[str, str]) -> int:
-        return max(len(tokenizer(row["prompt"] + row[key])["input_ids"]) + 1 for key in row if key != "prompt")
+    def lengths(row: dict[str, str]) -> list[int]:
+        return [len(tokenizer(row["prompt"] + row[key])["input_ids"]) + 1 for key in ANSWERS if key in row]
 
-    fitting = [row for row in rows[:600] if length(row) <= MAX_LENGTH][: ROWS[job] * options.steps]
+    fitting = [row for row in rows[:600] if max(lengths(row)) <= MAX_LENGTH][: ROWS[job] * options.steps]
     ordered = [fitting[index] for index in shuffled(len(fitting), 42, 0)]
     save_model(load_model(config, tokenizer, trainable=True, compute_dtype=torch.float32), tokenizer, folder / "model")
     (folder / "rows.json").write_text(json.dumps(fitting))
     (folder / "ordered.json").write_text(json.dumps(ordered))
-    return sum(
-        len(tokenizer(row["prompt"] + row[key])["input_ids"]) + 1 for row in ordered for key in row if key != "prompt"
-    )
+    return sum(length for row in ordered for length in lengths(row))
 
 
 def read_sft(rows: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -130,7 +131,19 @@ def read_dpo(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
-READ: dict[str, Any] = {"sft": read_sft, "dpo": read_dpo}
+def read_kto(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turn labelled conversations into prompts, completions and labels."""
+    return [
+        {
+            "prompt": "\n".join(turn["content"] for turn in row["messages"][:-1]) + "\n",
+            "completion": row["messages"][-1]["content"],
+            "label": row["label"],
+        }
+        for row in rows
+    ]
+
+
+READ: dict[str, Any] = {"sft": read_sft, "dpo": read_dpo, "kto": read_kto}
 
 
 def measure(python: str, side: str, job: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -179,7 +192,7 @@ def train_trl(job: str, folder: Path, options: argparse.Namespace) -> tuple[list
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
     seconds: list[float] = []
     losses: list[float] = []
@@ -194,7 +207,8 @@ def train_trl(job: str, folder: Path, options: argparse.Namespace) -> tuple[list
         def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
             losses.extend([logs["loss"]] if logs and "loss" in logs else [])
 
-    trainer_class, config_class = (SFTTrainer, SFTConfig) if job == "sft" else (DPOTrainer, DPOConfig)
+    trainers = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig), "kto": (KTOTrainer, KTOConfig)}
+    trainer_class, config_class = trainers[job]
     config = config_class(
         output_dir=str(folder / "trl"),
         max_steps=options.steps,
@@ -245,10 +259,9 @@ def train_llmtk(job: str, folder: Path, options: argparse.Namespace) -> tuple[li
     watch = Watch()
     rows = json.loads((folder / "rows.json").read_text())
     llmtk.Run(
-        "sft" if job == "sft" else pairs_stage(rows),
+        job,
         model=str(folder / "model"),
-        data={"train": rows if job == "sft" else [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows]}
-        | {"max_length": MAX_LENGTH},
+        data={"train": rows, "max_length": MAX_LENGTH},
         train={
             "max_steps": options.steps,
             "per_device_train_batch_size": ROWS[job],
@@ -262,49 +275,6 @@ def train_llmtk(job: str, folder: Path, options: argparse.Namespace) -> tuple[li
         output_dir=str(folder / f"llmtk-{os.getpid()}"),
     ).train()
     return [after - before for before, after in zip(watch.ends[:-1], watch.ends[1:], strict=True)], watch.losses
-
-
-def pairs_stage(pairs: list[dict[str, str]]) -> Any:
-    """Return a stage with DPO's sigmoid loss (arXiv 2305.18290), prompts shared, until the preference stages come."""
-    import copy
-
-    import torch.nn.functional as F
-
-    import llmtk
-
-    class Pairs(llmtk.Stage):
-        row_types = ("prompt_completion",)
-
-        def build_models(self, run: Any) -> llmtk.Models:
-            root = super().build_models(run).root
-            return llmtk.Models(root, {"reference": copy.deepcopy(root)})
-
-        def build_data(self, run: Any) -> llmtk.Data:
-            end = run.tokenizer.eos_token_id
-            rows = []
-            for pair in pairs:
-                prompt = run.tokenizer(pair["prompt"])["input_ids"]
-                row: dict[str, Any] = {"prompt": prompt}
-                for key in ("chosen", "rejected"):
-                    row[key] = [*run.tokenizer(pair["prompt"] + pair[key])["input_ids"][len(prompt) :], end]
-                rows.append(row)
-            return llmtk.Data(rows)
-
-        def prepare_batch(self, run: Any, rows: list[Any]) -> llmtk.Round:
-            groups = [self.group(row) for row in rows]
-            reference = run.score_window(llmtk.Batch.collate(groups), model="reference").sum().view(-1, 2)
-            return llmtk.Round.of([self.group(row, ref.tolist()) for row, ref in zip(rows, reference, strict=True)])
-
-        def group(self, row: Any, reference: Any = (0.0, 0.0)) -> llmtk.Group:
-            answers = [llmtk.Sequence(row[key], [True] * len(row[key]), prefix=0) for key in ("chosen", "rejected")]
-            return llmtk.Group(answers, {"pairs": 1}, [row["prompt"]], per_sequence={"reference": reference})
-
-        def compute_loss(self, run: Any, batch: Any) -> llmtk.LossOutput:
-            rewards = run.score(batch).sum() - batch.per_sequence["reference"]
-            chosen, rejected = rewards.view(-1, 2).unbind(1)
-            return llmtk.LossOutput({"loss": llmtk.Term(-F.logsigmoid(0.1 * (chosen - rejected)).sum(), per="pairs")})
-
-    return Pairs
 
 
 if __name__ == "__main__":
