@@ -100,6 +100,8 @@ def chosen_targets(batch: Batch) -> Tensor:
 
 def logistic_loss(margins: Tensor, label_smoothing: float) -> Tensor:
     """-(1 - e) log sigmoid(z) - e log sigmoid(-z) of margins z, any shape: labels are wrong with probability e."""
+    if not label_smoothing:  # times 0, an infinite loss would be no number
+        return -F.logsigmoid(margins)
     return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
 
 
@@ -144,10 +146,15 @@ def refuse_unused(section: str, options: Section, chosen: Collection[str], used:
     `used` says by option which losses use it.
     """
     for option, losses in used.items():
-        if option in options.model_fields_set and not set(losses) & set(chosen):
+        if is_given(options, option) and not set(losses) & set(chosen):
             raise ConfigurationError(
                 f"{section}.{option}: {section}.loss: {', '.join(chosen)} does not use it; used by {', '.join(losses)}"
             )
+
+
+def is_given(options: Section, name: str) -> bool:
+    """Whether an option has another value than its default: a run's own config.yaml spells the defaults out."""
+    return bool(getattr(options, name) != type(options).model_fields[name].default)
 
 
 # The demo: right and wrong sums

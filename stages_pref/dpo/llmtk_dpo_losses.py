@@ -164,11 +164,11 @@ def divergence_score(ratio: Tensor, divergence: str, alpha: float) -> Tensor:
     f-DPO, arXiv 2309.16240, table 1: reverse_kl log t; forward_kl 1 - 1/t; js log(2t / (1 + t)); alpha
     (t^(a-1) - 1)/(a - 1) for the alpha-divergence of order a. Constants are kept, which cancel in d.
     """
+    # Beyond e^80 a float32 is no number any more.
     if divergence == "forward_kl":
-        return 1 - (-ratio).exp()
+        return 1 - (-ratio).clamp(max=80.0).exp()
     if divergence == "js":
         return math.log(2) + logsigmoid(ratio)
     if divergence == "alpha" and alpha != 1:
-        # Beyond e^80 a float32 is no number any more.
         return (((alpha - 1) * ratio).clamp(max=80.0).exp() - 1) / (alpha - 1)
     return ratio

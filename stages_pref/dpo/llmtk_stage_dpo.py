@@ -20,6 +20,7 @@ from llmtk_pref import (
     PairOptions,
     PairStage,
     chosen_nll,
+    is_given,
     kl_metric,
     pair_batch,
     pair_demo,
@@ -112,17 +113,21 @@ class DirectPreferenceOptimization(PairStage):
         if o.loss_weights is not None and len(o.loss_weights) != len(names):
             raise ConfigurationError(f"dpo.loss_weights: {len(o.loss_weights)} weights for {len(names)} losses")
         refuse_unused("dpo", o, names, _USED)
-        if "f_alpha" in o.model_fields_set and o.f_divergence != "alpha":
+        if is_given(o, "f_alpha") and o.f_divergence != "alpha":
             raise ConfigurationError("dpo.f_alpha is used by dpo.f_divergence: alpha alone; remove it")
         if o.f_divergence != "reverse_kl" and (others := sorted(set(names) - set(_ON_DELTA) - {"sft"})):
             raise ConfigurationError(f"dpo.f_divergence: {others[0]} knows the reverse KL alone; remove one of them")
+        if o.use_weighting and (others := sorted(name for name in names if name.startswith("aot"))):
+            raise ConfigurationError(
+                f"dpo.use_weighting: {others[0]} compares answers of different pairs; remove one of them"
+            )
         if "exo_pair" in names and not o.label_smoothing:
             raise ConfigurationError("dpo.loss: exo_pair needs dpo.label_smoothing over 0, for example 1e-3")
         if o.rpo_alpha is not None and "sft" in names:
             raise ConfigurationError("dpo.rpo_alpha adds what dpo.loss: sft is; remove one of them")
-        given = {"ref_model_mixup_alpha", "ref_model_sync_steps"} & o.model_fields_set
-        if given and not o.sync_ref_model:
-            raise ConfigurationError(f"dpo.{min(given)} is used with dpo.sync_ref_model: true alone; remove it")
+        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            if is_given(o, name) and not o.sync_ref_model:
+                raise ConfigurationError(f"dpo.{name} is used with dpo.sync_ref_model: true alone; remove it")
         if o.sync_ref_model and (o.reference_free or run.setting("precompute_reference")):
             other = "dpo.reference_free" if o.reference_free else "train.precompute_reference"
             raise ConfigurationError(f"dpo.sync_ref_model moves a reference, and with {other} there is none to move")

@@ -173,6 +173,34 @@ def test_the_alpha_divergence_of_order_1_is_the_reverse_kl_and_none_overflows() 
     assert torch.isfinite(divergence_score(ratios, "alpha", 2.0)).all()
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "js", "alpha"])
+def test_an_answer_that_the_policy_has_unlearnt_leaves_numbers(divergence: str) -> None:
+    ratios = torch.tensor([0.0, -300.0], requires_grad=True)
+    score = divergence_score(ratios, divergence, 0.5)
+    p = Pairs(ratios[:1], ratios[1:], score[:1], score[1:], torch.ones(1), torch.ones(1))
+    loss = LOSSES["sigmoid"](p, options()).sum()
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(ratios.grad).all()
+
+
+def test_references_that_move_are_of_the_policys_shape(tmp_path: Path) -> None:
+    other = make(tmp_path / "other", max_steps=1)
+    other.train()
+    settings = {
+        "data": {"train": ROWS},
+        "dpo": {"sync_ref_model": True},
+        "output_dir": str(tmp_path / "run"),
+        "train": {"max_steps": 1, "bf16": False},
+    }
+    model = {"tokenizer": {"kind": "byte"}, "reference": str(other.output_dir)}
+    with pytest.raises(ConfigurationError, match="is of another shape than the policy"):
+        Run("dpo", model=model | {"from_config": TINY | {"intermediate_size": 48}}, **settings).train()
+    adapter = {"name_or_path": str(other.output_dir), "reference": str(other.output_dir)}
+    with pytest.raises(ConfigurationError, match="Train in full, without peft"):
+        Run("dpo", model=adapter, peft={"r": 2}, **settings).train()
+
+
 def test_dpo_converges_to_the_preferences_log_odds() -> None:
     """A table of two answers of which the first is preferred with probability p: beta x gap = logit(p)."""
     p, beta = 0.8, 0.3
@@ -340,6 +368,7 @@ def test_a_precomputed_reference_trains_the_same(tmp_path: Path) -> None:
         ({"discopop_tau": 0.1}, r"dpo\.discopop_tau: .*used by discopop"),
         ({"loss": "sft", "beta": 0.2}, r"dpo\.beta"),
         ({"loss": "aot", "use_weighting": True}, r"dpo\.use_weighting"),
+        ({"loss": ["sigmoid", "aot"], "use_weighting": True}, "aot compares answers of different pairs"),
         ({"loss": "apo_zero", "f_divergence": "js"}, r"dpo\.f_divergence"),
         ({"loss": ["sigmoid", "apo_zero"], "f_divergence": "js"}, "apo_zero knows the reverse KL alone"),
         ({"f_alpha": 0.3}, r"dpo\.f_alpha is used by"),

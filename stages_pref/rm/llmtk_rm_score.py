@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -67,31 +68,47 @@ class RewardModel:
 
         pairs = list(zip(prompts, completions, strict=True))
         if all(isinstance(token, int) for prompt, answer in pairs for token in (*prompt, *answer)):
+            over = (n for n, (prompt, answer) in enumerate(pairs) if len(prompt) + len(answer) > self.max_length)
+            self._refuse(next(over, None))
             return self._of_groups(list(_grouped(pairs)))
         rows = [PromptCompletion(p, a, place=f"row {n}") for n, (p, a) in enumerate(pairs, start=1)]
         for row in rows:
             row.check()
-        rewards = [found["reward"] for found in self.of_rows(rows)]
-        if None in rewards:
-            raise ConfigurationError(f"row {rewards.index(None) + 1} is over the model's {self.max_length} tokens")
+        rewards = [found["reward"] for found in self.of_rows(rows, on_too_long="drop")]
+        self._refuse(rewards.index(None) if None in rewards else None)
         return rewards
 
+    def _refuse(self, index: int | None) -> None:
+        if index is not None:
+            raise ConfigurationError(f"row {index + 1} is over the model's {self.max_length} tokens")
+
     def of_rows(
-        self, rows: Sequence[Row], max_length: int | None = None, notices: list[str] | None = None
+        self,
+        rows: Sequence[Row],
+        max_length: int | None = None,
+        notices: list[str] | None = None,
+        on_too_long: Literal["truncate", "drop"] = "truncate",
     ) -> list[Reward]:
         """Return the rewards of rows of one type, in their order. `notices` takes what was cut or left out."""
         from llmtk.config.sections import DataConfig
         from llmtk.data import encode
 
-        config = DataConfig(max_length=max_length or self.max_length)
-        encoded, report = encode(rows, self.tokenizer, config)
+        if not rows:
+            return []
+        config = DataConfig(max_length=max_length or self.max_length, on_too_long=on_too_long)
+        # Found again by their number, since rows made in Python may all have the same place, or none.
+        numbered = [replace(row, place=f"{number}. {row.place}") for number, row in enumerate(rows, start=1)]
+        encoded, report = encode(numbered, self.tokenizer, config)
         if notices is not None:
             notices += report.notices
         groups = [_group(row) for row in encoded]
         values = iter(self._of_groups(groups))
         names = ("chosen", "rejected") if rows[0].type == "pair" else ("reward",)
         found = {group.place: {name: next(values) for name in names} for group in groups}
-        return [{"place": row.place, **found.get(row.place, dict.fromkeys(names))} for row in rows]
+        return [
+            {"place": row.place, **found.get(number.place, dict.fromkeys(names))}
+            for row, number in zip(rows, numbered, strict=True)
+        ]
 
     def _of_groups(self, groups: Sequence[Group]) -> list[float]:
         import torch

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llmtk.config.sections import DataConfig
-from llmtk.data import Dialogue, Labelled, Pair, encode, read_rows
+from llmtk.data import Dialogue, Labelled, Pair, encode, read_rows, read_splits
 from llmtk.errors import DatasetError
 
 ASKED: list[dict[str, Any]] = [{"role": "user", "content": "q"}]
@@ -51,6 +51,37 @@ def test_the_words_that_both_begin_with_are_the_prompt() -> None:
     assert read(row) == Pair("Two and two is", " four", " five", place="row 1")
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("Capital of France?\nParis", "Capital of France?\nLyon", "Capital of France?"),
+        ("日本の首都は東京", "日本の首都は大阪", "日本の首都は"),
+        ("two words", "two", ""),
+        ("a b", "a b c", "a"),
+        ("one same", "one same", "one"),
+        ("cat", "car", ""),
+    ],
+)
+def test_where_the_common_words_end(chosen: str, rejected: str, prompt: str) -> None:
+    found = read({"chosen": chosen, "rejected": rejected})
+    assert (found.prompt, found.prompt + found.chosen, found.prompt + found.rejected) == (prompt, chosen, rejected)
+
+
+def test_answers_to_one_prompt_are_held_out_together() -> None:
+    rows = [{"prompt": f"q{n % 20}", "chosen": f"a{n}", "rejected": "b"} for n in range(40)]
+    for row_type in ("pair", "labelled"):
+        splits = read_splits(DataConfig(train=rows, eval=0.2), [row_type], seed=0)
+        train, held = ({row.prompt for row in part} for part in (splits.train, splits.eval))
+        assert not train & held
+        assert len(held) == 4
+
+
+def test_what_is_there_as_it_is_wanted_goes_before_what_is_converted() -> None:
+    row = {"messages": ASKED + GOOD, "prompt": "q", "chosen": ASKED + GOOD, "rejected": ASKED + BAD}
+    assert read(row, "dialogue") == Dialogue(ASKED + GOOD, place="row 1")
+    assert read(row) == Pair(ASKED, GOOD, BAD, place="row 1")
+
+
 def test_equal_answers_keep_their_last_turn() -> None:
     found = read({"chosen": ASKED + GOOD, "rejected": ASKED + GOOD})
     assert (found.prompt, found.chosen, found.rejected) == (ASKED, GOOD, GOOD)
@@ -83,7 +114,6 @@ def test_a_pair_becomes_two_labelled_rows_or_a_dialogue() -> None:
         (PLAIN | {"margin": "much"}, "pair", "margin is text"),
         (PLAIN | {"rejected": None}, "pair", "fit no format"),
         ({"chosen": GOOD, "rejected": BAD}, "pair", "there is no prompt"),
-        ({"chosen": "a b", "rejected": "a b c"}, "pair", "begins with the other"),
         ({"conversations": [{"from": "cat", "value": "q"}], "chosen": {}, "rejected": {}}, "pair", "from 'cat'"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
@@ -232,6 +233,25 @@ def test_log_probs_are_computed_once_for_the_same_model_and_rows(tmp_path, folde
     with pytest.raises(ConfigurationError, match="was not asked about"):
         held(tmp_path / "third", "precomputed", folder, adapter, rows=ROWS[:-1]).train()
     assert asked
+
+
+def test_another_configuration_of_the_same_weights_is_another_reference(tmp_path, folder, adapter, capsys):
+    for base in (10_000.0, 3.0):
+        model = {"from_config": LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": base}}}
+        model["tokenizer"] = {"kind": "byte"}
+        run = held(tmp_path / str(base), "precomputed", folder, adapter, model=model)
+        assert run.evaluate()["apart"] == 0.0
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
+
+
+def test_the_first_of_two_runs_that_compute_the_same_is_kept(tmp_path):
+    file = tmp_path / "reference" / "key.safetensors"
+    for value in (1.0, 2.0):
+        known = {bytes(16): numpy.full(3, value, dtype=numpy.float32)}
+        precompute._write(file, precompute._packed(known))
+    (found,) = precompute._unpacked(precompute._read(file, print))
+    assert found[1].tolist() == [1.0] * 3
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 def test_a_damaged_file_of_log_probs_is_made_anew(tmp_path, folder, adapter, capsys):

@@ -151,12 +151,16 @@ def _common_messages(chosen: list[Message], rejected: list[Message]) -> list[Mes
 
 
 def _common_words(chosen: str, rejected: str) -> int:
-    """Return the length of what both begin with, up to a word's beginning, its space left to the answers."""
+    """Return the length of what both begin with, up to a word's beginning, its white space left to the answers.
+
+    In a script that parts no words by spaces it ends at the first character that differs.
+    """
     differing = (index for index, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other)
-    length = next(differing, None)
-    if length is None:
-        raise RowError("one of chosen and rejected begins with the other: give the prompt in a column of its own")
-    return max(chosen.rfind(" ", 0, length), 0)
+    length = next(differing, min(len(chosen), len(rejected)))
+    spaces = [index for index in range(length) if chosen[index].isspace()]
+    if spaces:
+        return spaces[-1]
+    return 0 if chosen[:length].isascii() or length in (len(chosen), len(rejected)) else length
 
 
 def _sharegpt_preference(columns: Columns, place: str) -> Row:
@@ -282,6 +286,8 @@ def recognise(columns: Iterable[str], row_types: Sequence[str], where: str) -> F
     columns = sorted(set(columns))
     fitting = [entry for entry in FORMATS.values() if entry.needs <= set(columns)]
     useful = [entry for entry in fitting if reachable(entry.row_type.type, row_types)]
+    # What is there as it is wanted goes before what would have to be converted.
+    useful = [entry for entry in useful if entry.row_type.type in row_types] or useful
     # A format that needs all that another needs, and more, says more about the row.
     exact = [entry for entry in useful if not any(entry.needs < other.needs for other in useful)]
     if len(exact) == 1:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmtk.data.formats import Format, recognise
-from llmtk.data.rows import Row, RowError, Text, convert
+from llmtk.data.rows import Labelled, Pair, Row, RowError, Text, convert
 from llmtk.data.sources import Record, open_source
 from llmtk.errors import ConfigurationError, DatasetError
 
@@ -107,21 +108,34 @@ def read_rows(source: str | list[str] | list[dict[str, Any]], row_types: Sequenc
 
 
 def _hold_out(rows: list[Row], share: float, seed: int) -> Splits:
-    count = round(len(rows) * share)
+    """Hold out a share of the rows; answers to one prompt stay on one side, or what is held out would be known."""
+    units = _units(rows)
+    count = round(len(units) * share)
     documents = [row for row in rows if isinstance(row, Text)]
     if count < 1 and len(documents) == len(rows):
         return _hold_out_tails(documents, share)
-    if len(rows) < 2:
+    if len(units) < 2:
+        what = f"{len(rows)} row" if len(rows) < 2 else f"{len(rows)} rows of one prompt"
         raise DatasetError(
-            f"data.eval={share} holds out a share of the training data, which has {len(rows)} row. "
+            f"data.eval={share} holds out a share of the training data, which has {what}. "
             "Give at least 2 rows, or a file as data.eval."
         )
     notices = []
     if count < 1:
         notices.append(f"data.eval={share} of {len(rows)} rows is less than one row: 1 row is held out.")
-    held = _draw(len(rows), min(max(count, 1), len(rows) - 1), seed)
+    drawn = _draw(len(units), min(max(count, 1), len(units) - 1), seed)
+    held = {index for unit in drawn for index in units[unit]}
     train = [row for index, row in enumerate(rows) if index not in held]
     return Splits(train, [row for index, row in enumerate(rows) if index in held], notices)
+
+
+def _units(rows: list[Row]) -> list[list[int]]:
+    """Return the indices of rows that are held out together: pairs and labelled answers of one prompt."""
+    units: dict[Any, list[int]] = {}
+    for index, row in enumerate(rows):
+        key: Any = json.dumps(row.prompt) if isinstance(row, Pair | Labelled) and row.prompt else index
+        units.setdefault(key, []).append(index)
+    return list(units.values())
 
 
 def _draw(rows: int, count: int, seed: int) -> set[int]:

@@ -56,19 +56,24 @@ def frozen_copy(root: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def load_reference(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, compute_dtype: torch.dtype, dtype: torch.dtype
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    compute_dtype: torch.dtype,
+    dtype: torch.dtype,
+    *,
+    is_other: bool = True,
 ) -> nn.Module:
     """Load the model that `model.reference` names, frozen, as the policy's own copy would be.
 
-    `dtype` is that of the policy's weights. ConfigurationError for another vocabulary than the policy's.
+    `dtype` is that of the policy's weights. ConfigurationError for another vocabulary than the policy's, unless it is
+    no other model but the one that the policy started from.
     """
     own = config.model_copy(
         update={"name_or_path": config.reference, "reference": None, "from_config": None, "tokenizer": None,
                 "revision": None, "dtype": str(dtype).removeprefix("torch.")}
     )  # fmt: skip
-    theirs = load_tokenizer(own).get_vocab()
     ours = tokenizer.get_vocab()
-    if theirs != ours:
+    if is_other and (theirs := load_tokenizer(own).get_vocab()) != ours:
         differing = sorted(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
         raise ConfigurationError(
             f"model.reference: {config.reference} has another vocabulary than the policy ({len(theirs):,} tokens "

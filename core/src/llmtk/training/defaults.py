@@ -67,14 +67,21 @@ def _with_reference(run: Run, root: nn.Module) -> Models:
                 f"model.reference: {run.stage_name} uses no reference with these options; remove it"
             )
         return Models(root)
+    if wanted == "changing" and hasattr(root, "peft_config"):
+        raise ConfigurationError(
+            "a reference that moves with the policy needs a model of its own, and that of an adapter is the same "
+            "model with the adapter switched off. Train in full, without peft, or leave the reference where it is"
+        )
     if config.model.reference:
-        frozen = load_reference(config.model, run.tokenizer, dtype, _dtype_of(root))
-    elif wanted == "changing":
-        if hasattr(root, "peft_config"):
+        # One that moves takes steps that a coarse dtype would round away.
+        cast = _dtype_of(root) if wanted == "changing" else dtype
+        frozen = load_reference(config.model, run.tokenizer, cast, _dtype_of(root))
+        if wanted == "changing" and _shapes(frozen) != _shapes(root):
             raise ConfigurationError(
-                "a reference that moves with the policy needs a model of its own, and that of an adapter is the same "
-                "model with the adapter switched off. Train in full, without peft, or leave the reference where it is"
+                f"model.reference: {config.model.reference} is of another shape than the policy, towards which it is "
+                "to move. Give a model of the same architecture and size"
             )
+    elif wanted == "changing":
         frozen = copy.deepcopy(root).requires_grad_(False).eval()
     elif config.train.precompute_reference:
         return Models(root, views={REFERENCE: contextlib.nullcontext})  # it is computed before anything is trained
@@ -106,9 +113,14 @@ def _opened(run: Run, root: nn.Module) -> Models:
         seed = run.config.train.seed
         frozen: nn.Module = load_model(config, run.tokenizer, trainable=False, compute_dtype=dtype, seed=seed)
     else:
+        # The policy's own origin may have had another tokenizer than the run gave it.
         named = config.model_copy(update={"reference": config.reference or config.name_or_path})
-        frozen = load_reference(named, run.tokenizer, dtype, _dtype_of(root))
+        frozen = load_reference(named, run.tokenizer, dtype, _dtype_of(root), is_other=bool(config.reference))
     return Models(root, {REFERENCE: frozen})
+
+
+def _shapes(model: nn.Module) -> dict[str, Any]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def _dtype_of(root: nn.Module) -> torch.dtype:

@@ -7,35 +7,40 @@ asks `run.score_window(batch, model="reference")` as ever and does not know.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 import torch
 
 from llmtk.contract import REFERENCE
 from llmtk.errors import ConfigurationError, LlmtkError
+from llmtk.host import manager
 from llmtk.scoring import Scores
 from llmtk.training.evaluation import eval_mode
+from llmtk.training.snapshot import environment
 
 if TYPE_CHECKING:
     from llmtk.batch import Batch
     from llmtk.contract import Dataset
     from llmtk.run import Run
 
-Known = dict[str, np.ndarray[Any, Any]]
+Known = dict[bytes, np.ndarray[Any, Any]]
 """A group's digest -> the log-probs of its targets, float32 (targets,)."""
+DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Precomputed:
     """What the reference says of every group of the run's data."""
 
-    known: Mapping[str, np.ndarray[Any, Any]]
+    known: Mapping[bytes, np.ndarray[Any, Any]]
 
     def scores(self, batch: Batch, also: Iterable[str] = ()) -> Scores:
         """Return the scores of a batch of known groups. ConfigurationError for another, or for more than log-probs."""
@@ -49,8 +54,9 @@ class Precomputed:
         if not all(known):
             unknown = batch.places[known.index(False)] or "a row"
             raise ConfigurationError(
-                f"train.precompute_reference: the reference was not asked about {unknown} before training. The stage "
-                "makes other sequences of a row each time; set it to false"
+                f"train.precompute_reference: the reference was not asked about {unknown} before training, and is "
+                "gone. Rows that are not the run's are evaluated when it has finished, by llmtk evaluate; a stage that makes "
+                "other sequences of a row each time needs precompute_reference: false"
             )
         parts = [self.known[digest] for digest in digests]
         logps = np.concatenate(parts) if parts else np.zeros(0, np.float32)
@@ -76,24 +82,26 @@ class _Recorder(Precomputed):
 
 def precompute(run: Run) -> Precomputed:
     """Ask the reference about all rows of the run, or read what it said before. All ranks must call it together."""
-    file = cache_folder() / f"{_key(run)}.safetensors"
-    known = run.backend.broadcast(_read(file, run.notify) if run.backend.is_main else None)
-    if known is None:
+    main = run.backend.is_main
+    file = cache_folder() / f"{run.backend.broadcast(_key(run) if main else None)}.safetensors"
+    kept = run.backend.broadcast(_read(file, run.notify) if main else None)
+    if kept is None:
         run.notify(f"The reference's log-probs are computed once, and kept in {file}")
-        known = {}
-        for part in run.gather(_compute(run)):
-            known |= part
+        known = {digest: logps for part in run.gather(_packed(_compute(run))) for digest, logps in _unpacked(part)}
         with run.backend.together(f"writing {file}", LlmtkError):
-            if run.backend.is_main:
-                _write(file, known)
+            if main:
+                _write(file, _packed(known))
+        # Another run may have been first, and its last bits are then those that resuming will read.
+        kept = run.backend.broadcast(_read(file, run.notify) if main else None)
     else:
         run.notify(f"The reference's log-probs are read from {file}")
+    known = dict(_unpacked(kept))
     run.views.pop(REFERENCE, None)
     run.frozen.pop(REFERENCE, None)
     return Precomputed(known)
 
 
-def digests_of(batch: Batch) -> Iterator[str]:
+def digests_of(batch: Batch) -> Iterator[bytes]:
     """Yield a digest of each group: its tokens, its targets, and how they are parted."""
     tokens, targets = batch.tokens.cpu().numpy(), batch.targets.cpu().numpy()
     lengths, prefixes = batch.segment_lengths.cpu().numpy(), batch.segment_prefix.cpu().numpy()
@@ -103,10 +111,10 @@ def digests_of(batch: Batch) -> Iterator[str]:
         begin = end - count
         part = slice(int(token_ends[begin]), int(token_ends[end]))
         inside = np.where(prefixes[begin:end] >= 0, prefixes[begin:end] - begin, prefixes[begin:end])
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
         for values in (tokens[part], targets[part], lengths[begin:end], inside):
             digest.update(np.ascontiguousarray(values).tobytes())
-        yield digest.hexdigest()
+        yield digest.digest()
 
 
 def cache_folder() -> Path:
@@ -139,15 +147,16 @@ def _answering(run: Run, precomputed: Precomputed | None) -> Iterator[None]:
 
 
 def _key(run: Run) -> str:
-    """Hash what the log-probs follow from: the model as it is now, its precision, and the encoded rows."""
+    """Hash what the log-probs follow from: the model as it is now, its precision, the encoded rows, and the code."""
     digest = hashlib.blake2b(digest_size=20)
     model = run.frozen.get(REFERENCE, run.model)
     scorer = run.scorers[REFERENCE]
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for fact in (run.backend.precision, scorer.packed, torch.__version__, run.stage_name, _settings(run)):
-        digest.update(str(fact).encode())
+    facts = [run.backend.precision, scorer.packed, environment()["versions"], manager.plugin_versions(run.manager)]
+    for fact in (*facts, _settings(run), _configuration(model)):
+        digest.update(json.dumps(fact, sort_keys=True, default=sorted).encode())
     for rows in (run.train_rows, run.eval_rows):
         for row in _rows(rows):
             digest.update(repr(sorted((key, value) for key, value in row.items() if key != "place")).encode())
@@ -159,11 +168,38 @@ def _settings(run: Run) -> dict[str, Any]:
     return run.config.options.model_dump(mode="json")
 
 
+def _configuration(model: Any) -> list[Any]:
+    """Return what a model computes by beside its weights: rotary base, windows, caps, an adapter's scale."""
+    configs = [model.config, *getattr(model, "peft_config", {}).values()]
+    settings = [json.loads(json.dumps(config.to_dict(), default=_plain)) for config in configs]
+    # Where it was loaded from does not matter.
+    return [{k: v for k, v in part.items() if not k.startswith("_") and "name_or_path" not in k} for part in settings]
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def _packed(known: Known) -> dict[str, np.ndarray[Any, Any]]:
+    """Return everything as three arrays: digests (groups, DIGEST_BYTES), lengths (groups,), log-probs (targets,)."""
+    return {
+        "digests": np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, DIGEST_BYTES),
+        "lengths": np.array([len(logps) for logps in known.values()], dtype=np.int64),
+        "logps": np.concatenate([np.zeros(0, np.float32), *known.values()]),
+    }
+
+
+def _unpacked(kept: Mapping[str, np.ndarray[Any, Any]]) -> Iterator[tuple[bytes, np.ndarray[Any, Any]]]:
+    ends = np.cumsum(kept["lengths"])[:-1]
+    parts = np.split(kept["logps"], ends) if len(kept["lengths"]) else []
+    return ((digest.tobytes(), logps) for digest, logps in zip(kept["digests"], parts, strict=True))
+
+
 def _rows(rows: Dataset | None) -> Iterator[Mapping[str, Any]]:
     return iter(()) if rows is None else (rows[index] for index in range(len(rows)))
 
 
-def _read(file: Path, say: Any) -> Known | None:
+def _read(file: Path, say: Any) -> dict[str, np.ndarray[Any, Any]] | None:
     """Return what stands in a file, or None where there is none; one that cannot be read is told, and made anew."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -177,11 +213,14 @@ def _read(file: Path, say: Any) -> Known | None:
         return None
 
 
-def _write(file: Path, known: Known) -> None:
-    """Write aside, then rename: a file under its name is whole."""
+def _write(file: Path, kept: dict[str, np.ndarray[Any, Any]]) -> None:
+    """Write aside, then rename: a file under its name is whole, and the first of its name stays."""
     from safetensors.numpy import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file(known, aside)
-    aside.replace(file)
+    aside = file.with_name(f".{file.name}.{uuid4().hex}")
+    save_file(kept, aside)
+    if _read(file, lambda message: None) is None:
+        aside.replace(file)
+    else:
+        aside.unlink()
