@@ -55,8 +55,8 @@ class Precomputed:
             unknown = batch.places[known.index(False)] or "a row"
             raise ConfigurationError(
                 f"train.precompute_reference: the reference was not asked about {unknown} before training, and is "
-                "gone. Rows that are not the run's are evaluated when it has finished, by llmtk evaluate; a stage that makes "
-                "other sequences of a row each time needs precompute_reference: false"
+                "gone. Rows that are not the run's are evaluated when it has finished, by llmtk evaluate; a stage that "
+                "makes other sequences of a row each time needs precompute_reference: false"
             )
         parts = [self.known[digest] for digest in digests]
         logps = np.concatenate(parts) if parts else np.zeros(0, np.float32)
