@@ -16,6 +16,7 @@ import torch
 
 from llmtk.cli import call
 from llmtk.config.reading import read_file
+from llmtk.data import read_rows
 from llmtk.demo import addition
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +88,32 @@ def test_the_overview_names_every_example_and_every_example_how_it_is_run() -> N
         assert f"[{file.name}]({file.name})" in overview
         assert f"llmtk run docs/examples/{file.name}" in file.read_text()
         assert read_file(file)["output_dir"] == f"runs/{file.stem}"
+
+
+SOLUTIONS = ROOT.parent / "shared" / "data" / "gsm8k_model_solutions_600.jsonl"
+
+
+@pytest.mark.skipif(not SOLUTIONS.exists(), reason=f"{SOLUTIONS} is absent")
+def test_marked_solutions_become_preferences(tmp_path: Path) -> None:
+    script = EXAMPLES / "gsm8k_preferences.py"
+    pairs, labels = (tmp_path / f"{name}.jsonl" for name in ("pairs", "labels"))
+    subprocess.run([sys.executable, str(script), str(SOLUTIONS), str(pairs), str(labels)], check=True)
+    marks = {f" {s['solution']}": s["is_correct"] for line in SOLUTIONS.read_text().splitlines()
+             for s in json.loads(line).values() if isinstance(s, dict)}  # fmt: skip
+    found = read_rows(str(pairs), ["pair"])
+    assert len(found) == 1053
+    assert all(marks[row.chosen] and not marks[row.rejected] for row in found)
+    labelled = read_rows(str(labels), ["labelled"])
+    assert {row.label for row in labelled} == {True, False}
+    tiny = [
+        "train.max_steps=2",
+        "data.max_length=512",
+        "train.per_device_train_batch_size=2",
+        "model.name_or_path=builtin",
+    ]
+    for stage, file in (("dpo", pairs), ("kto", labels), ("rm", pairs)):
+        assert call(["run", stage, *tiny, f"data.train={file}", f"output_dir={tmp_path / stage}"]) == 0
+        assert json.loads((tmp_path / stage / "results.json").read_text())["steps"] == 2
 
 
 def test_the_data_are_those_of_the_demo() -> None:

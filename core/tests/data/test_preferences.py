@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,6 +121,21 @@ def test_a_pair_becomes_two_labelled_rows_or_a_dialogue() -> None:
 def test_what_is_refused(row: dict[str, Any], row_type: str, why: str) -> None:
     with pytest.raises(DatasetError, match=why):
         read(row, row_type)
+
+
+DATA = Path(__file__).parents[4] / "shared" / "data"
+
+
+@pytest.mark.parametrize(("file", "row_type"), [("dpo_en_demo.json", "pair"), ("kto_en_demo.json", "labelled")])
+def test_real_rows_are_read_as_they_are(file: str, row_type: str) -> None:
+    if not (DATA / file).exists():
+        pytest.skip(f"{DATA / file} is absent")
+    rows = read_rows(str(DATA / file), [row_type])
+    assert len(rows) == 300
+    for row in rows:
+        answer = row.chosen if isinstance(row, Pair) else row.completion
+        assert row.prompt[-1]["role"] == "user"
+        assert [message["role"] for message in answer] == ["assistant"]
 
 
 # Tokens
