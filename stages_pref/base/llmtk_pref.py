@@ -182,8 +182,8 @@ def wrong_answer(problem: addition.Problem, random: Random) -> str:
     return "".join(map(str, digits))
 
 
-def pair_demo(*, exact: bool = True, options: Mapping[str, Mapping[str, Any]] | None = None, **train: Any) -> Demo:
-    """Return the demo of a stage on pairs: held-out preference accuracy, and exact match for a policy.
+def pair_demo(*, options: Mapping[str, Mapping[str, Any]] | None = None, **train: Any) -> Demo:
+    """Return the demo of a policy's stage on pairs: held-out preference accuracy, and exact match.
 
     `options` is the stage's own section, under its name.
     """
@@ -195,7 +195,7 @@ def pair_demo(*, exact: bool = True, options: Mapping[str, Mapping[str, Any]] | 
         config={"train": DEMO_TRAIN | train, **(options or {})},
         figure="preference accuracy",
         measure=preference_accuracy,
-        also={"exact match": lambda run: exact_match(run, problems)} if exact else {},
+        also={"exact match": lambda run: exact_match(run, problems)},
     )
 
 

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +96,6 @@ class StopAt:
     def step_finished(self, run: Any, step: Any) -> None:
         if step.step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small matrices on a busy machine: threads wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def move(run: Any) -> None:
@@ -472,7 +462,7 @@ def test_it_learns_which_answers_are_desirable(tmp_path: Path, loss: str) -> Non
 @pytest.mark.slow
 def test_the_demo_improves(tmp_path: Path) -> None:
     figures = Run(Kto, output_dir=str(tmp_path / "run")).train().metrics
-    assert figures["figure_after"] > figures["figure_before"] + 0.01
+    assert figures["figure_after"] > figures["figure_before"] + 0.02
     assert figures["exact match_after"] >= figures["exact match_before"]
 
 

@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +40,6 @@ KINDS = {
 }
 ROWS = demo_rows("train", 24)
 MARGINS = [row | {"margin": 0.1 * index} for index, row in enumerate(ROWS)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small matrices on a busy machine: threads wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(folder: Path, rows: Any = ROWS, options: dict[str, Any] | None = None, **more: Any) -> Run:
