@@ -116,10 +116,17 @@ class RunView(Protocol):
     def max_length(self) -> int:
         """Tokens of a sequence, at most."""
 
-    def score(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
-        """Return the log-prob of every target token; `model` names a frozen one. See `llmtk.scoring`."""
+    def score(
+        self, batch: Batch, *, model: str | None = None, also: Iterable[str] = (), temperature: float = 1.0
+    ) -> Scores:
+        """Return the log-prob of every target token; `model` names a frozen one. See `llmtk.scoring`.
 
-    def score_window(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
+        Logits are divided by `temperature`, as when tokens are sampled at it.
+        """
+
+    def score_window(
+        self, batch: Batch, *, model: str | None = None, also: Iterable[str] = (), temperature: float = 1.0
+    ) -> Scores:
         """Score a whole window without gradient, in micro-batches, in eval mode. All ranks must call it together."""
 
     def values(self, batch: Batch, *, model: str | None = None) -> Tensor:
@@ -131,8 +138,14 @@ class RunView(Protocol):
     def map_logits(self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = ()) -> Tensor:
         """Apply `fn(logits, *columns)` to the logits at target positions, with the exact gradient."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
-        """Sample completions of tokenised prompts with the current policy, without gradient."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
+        """Sample `sampling.n` completions of tokenised prompts with the current policy, without gradient.
+
+        `seeds` (prompts,) give each prompt random numbers of its own, whatever prompts stand beside it or on other
+        ranks; without them, prompts are numbered under `sampling.seed`. All ranks must call it together.
+        """
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return this purpose's own random generator, which checkpoints keep."""

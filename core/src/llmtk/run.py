@@ -24,7 +24,8 @@ from llmtk.config.run_config import RunConfig, resolve
 from llmtk.contract import REFERENCE, Dataset, Row, Stage
 from llmtk.errors import ConfigurationError, LlmtkError
 from llmtk.folder import RunFolder
-from llmtk.generation import Completion, Sampling, generate
+from llmtk.generation import Completion, Engine, Sampling
+from llmtk.generation.engines import engine_of
 from llmtk.host import discovery, manager
 from llmtk.host.hooks import Hooks
 from llmtk.reporting import summary
@@ -117,6 +118,7 @@ class Run:
         self._said: set[str] = set()
         self._speed = Speed()
         self.precomputed: Precomputed | None = None
+        self.engine: Engine | None = None
         self._is_set_up = False
 
     @classmethod
@@ -223,18 +225,27 @@ class Run:
         train = self.config.train
         return train.per_device_train_batch_size * train.gradient_accumulation_steps * self.world_size
 
-    def score(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
+    def score(
+        self, batch: Batch, *, model: str | None = None, also: Iterable[str] = (), temperature: float = 1.0
+    ) -> Scores:
         """Return the log-prob of every target token."""
         if self.precomputed is not None and model == REFERENCE:
+            assert temperature == 1, "a stage that honours precompute_reference scores at temperature 1"
             return self.precomputed.scores(batch, also)
-        return self.scorers[model].score(self._forward(model, batch), batch, also)
+        return self.scorers[model].score(self._forward(model, batch), batch, also, temperature)
 
-    def score_window(self, batch: Batch, *, model: str | None = None, also: Iterable[str] = ()) -> Scores:
+    def score_window(
+        self, batch: Batch, *, model: str | None = None, also: Iterable[str] = (), temperature: float = 1.0
+    ) -> Scores:
         """Score a whole window without gradient, in micro-batches, in eval mode. All ranks must call it together."""
         wanted = frozenset(also)
         if self.precomputed is not None and model == REFERENCE:
             return self.precomputed.scores(batch.to(self.device), wanted)
-        parts, targets = self._over_window(batch, model, lambda part: self.score(part, model=model, also=wanted))
+
+        def scored(part: Batch) -> Scores:
+            return self.score(part, model=model, also=wanted, temperature=temperature)
+
+        parts, targets = self._over_window(batch, model, scored)
         return Scores.join(parts, targets, batch.to(self.device), wanted)
 
     def values(self, batch: Batch, *, model: str | None = None) -> Tensor:
@@ -252,19 +263,28 @@ class Run:
         """Apply `fn(logits, *columns)` to the logits at target positions, with the exact gradient."""
         return self.scorers[None].map_logits(self._forward(None, batch), batch, fn, columns)
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
         """Sample completions of tokenised prompts with the current policy, without gradient."""
         if not self.scorers[None].has_logits:
             raise ConfigurationError(f"a model of stage {self.stage_name} has a head of one value, and writes no text")
-        with self.backend.autocast():
-            return generate(self.model, prompts, sampling)
+        if self.engine is None:
+            self.engine = engine_of(self)
+        return self.engine.generate(prompts, sampling, seeds)
 
     def sampling(self, **settings: Any) -> Sampling:
         """Return how to sample from this run's model: its stop tokens, and these settings."""
         from llmtk.models.tokenizers import stop_token_ids
 
         try:
-            return Sampling(**{"stop_tokens": tuple(stop_token_ids(self.tokenizer)), **settings})
+            return Sampling(
+                **{
+                    "stop_tokens": tuple(stop_token_ids(self.tokenizer)),
+                    "batch_size": self.config.generation.batch_size,
+                    **settings,
+                }
+            )
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"sampling settings: {error}") from error
 

@@ -15,7 +15,15 @@ from pydantic_core import PydanticSerializationError
 
 from llmtk.config.problems import explain, failure, shown
 from llmtk.config.reading import dotted, merge, to_yaml
-from llmtk.config.sections import DataConfig, ModelConfig, PeftConfig, SamplesConfig, Section, TrainConfig
+from llmtk.config.sections import (
+    DataConfig,
+    GenerationConfig,
+    ModelConfig,
+    PeftConfig,
+    SamplesConfig,
+    Section,
+    TrainConfig,
+)
 from llmtk.errors import ConfigurationError, PluginError
 
 if TYPE_CHECKING:
@@ -29,6 +37,7 @@ SHARED: dict[str, type[Section]] = {
     "peft": PeftConfig,
     "train": TrainConfig,
     "samples": SamplesConfig,
+    "generation": GenerationConfig,
 }
 """The sections that every stage shares, and may give defaults for."""
 
@@ -50,6 +59,8 @@ class RunConfig(Section):
     """The stage's own options. In a file they stand under the stage's name."""
     samples: SamplesConfig
     """Samples written at each evaluation."""
+    generation: GenerationConfig
+    """How completions are written."""
     plugins: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Plugins to use, each with its options, the last-named outermost. `llmtk list-plugins` lists those installed."""
     output_dir: str | None = None

@@ -123,6 +123,23 @@ class SamplesConfig(Section):
     """0: the likeliest token each time."""
 
 
+class GenerationConfig(Section):
+    """How completions are written, wherever they are: in demos, samples and reinforcement stages."""
+
+    engine: str = "builtin"
+    """`builtin`, or an installed engine: a name of the entry points `llmtk.generators`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of an installed engine."""
+    batch_size: int = Field(64, ge=1)
+    """Sequences written side by side, at most."""
+
+    @model_validator(mode="after")
+    def _options_are_for_engines(self) -> GenerationConfig:
+        if self.options and self.engine == "builtin":
+            raise ValueError("options are for installed engines; the builtin one has none")
+        return self
+
+
 Strategy = Literal["no", "steps", "epoch"]
 
 

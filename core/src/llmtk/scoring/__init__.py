@@ -34,10 +34,10 @@ class Scorer:
     has_values: bool = False
     """Whether it has a head of one value a token."""
 
-    def score(self, root: Root, batch: Batch, also: Iterable[str] = ()) -> Scores:
+    def score(self, root: Root, batch: Batch, also: Iterable[str] = (), temperature: float = 1.0) -> Scores:
         """Score every target token of the batch; `root` is the wrapped one. PluginError for a model without logits."""
         self.require_logits("score")
-        scores: Scores = self._way.score(root, batch, also)
+        scores: Scores = self._way.score(root, batch, also, temperature)
         return scores
 
     def map_logits(self, root: Root, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = ()) -> Tensor:

@@ -42,7 +42,7 @@ def register(implementation: str) -> str:
             layout = kwargs.pop(LAYOUT, None)
             if layout is None:
                 return plain(module, query, key, value, *args, **kwargs)
-            return packed_attention(module, query, key, value, layout, **kwargs), None
+            return layout.attend(module, query, key, value, **kwargs), None
 
         AttentionInterface.register(name, attention)
         if implementation in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:
@@ -61,6 +61,15 @@ def _plain(implementation: str) -> Callable[..., Any]:
         return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
 
     return eager
+
+
+def cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cast to autocast's dtype, as torch's own attention does. Rotary embeddings come out in float32."""
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def packed_attention(
@@ -83,11 +92,7 @@ def packed_attention(
     if dropout:
         raise NotImplementedError("dropout in packed attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        # Rotary embeddings come out in float32; torch's own attention casts under autocast, and so does this one.
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = cast(query, key, value)
     if flex.expresses(query, value, others):
         return flex.attend(query, key, value, layout, scale, sliding_window, softcap or 0.0)
     if layout.grid is not None and layout.grid.longest < LONG:

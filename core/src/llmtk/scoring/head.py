@@ -23,10 +23,12 @@ TILE_ELEMENTS = 2 * 2**20
 
 @dataclass(frozen=True)
 class HeadShape:
-    """What a model does to its logits: multiplies them by `scale`, then caps them at `cap` softly (0: not at all)."""
+    """What is done to logits: the model multiplies them by `scale`, then caps them at `cap` softly (0: not at all);
+    then they are divided by a `temperature`."""
 
     scale: float = 1.0
     cap: float = 0.0
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,9 @@ class _FusedHead(torch.autograd.Function):
             column = (targets - start).clamp(0, stop - start - 1)[:, None]
             d_logits.scatter_add_(-1, column, torch.where(here, d_logps, torch.zeros_like(d_logps))[:, None])
             if ctx.shape.cap:
-                d_logits *= 1 - (logits / ctx.shape.cap).square()
-            if ctx.shape.scale != 1.0:
-                d_logits *= ctx.shape.scale
+                d_logits *= 1 - (logits * (ctx.shape.temperature / ctx.shape.cap)).square()
+            if ctx.shape.scale != ctx.shape.temperature:
+                d_logits *= ctx.shape.scale / ctx.shape.temperature
             product = d_logits.to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden += product @ weight[start:stop].to(hidden.dtype)
@@ -147,7 +149,9 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, start: int, sto
 
 
 def shaped(logits: Tensor, shape: HeadShape) -> Tensor:
-    """Scale and cap what the head gave."""
+    """Scale and cap what the head gave, and divide it by the temperature."""
     if shape.scale != 1.0:
         logits = logits * shape.scale
-    return shape.cap * torch.tanh(logits / shape.cap) if shape.cap else logits
+    if shape.cap:
+        logits = shape.cap * torch.tanh(logits / shape.cap)
+    return logits if shape.temperature == 1.0 else logits / shape.temperature

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from llmtk.batch import Batch
@@ -29,6 +29,20 @@ class Grid:
     longest: int
     cells: Tensor | None = None
     back: Tensor | None = None
+
+
+class PackedRow(Protocol):
+    """What goes through a patched model: `ids` and `positions` (1, T), `predictors` (n,), and how its tokens attend."""
+
+    @property
+    def ids(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor: ...
+    @property
+    def predictors(self) -> Tensor: ...
+    @property
+    def copies(self) -> Tensor: ...
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +93,12 @@ class Layout:
             predictors=torch.where(target_within == 0, last_of_prefix, before).to(device),
             copies=readers[segment][kept].to(device),
         )
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+        """Attend in a layer of the model that this row goes through. See `packed_attention`."""
+        from llmtk.scoring.attention import packed_attention
+
+        return packed_attention(module, query, key, value, self, **settings)
 
     @cached_property
     def grid(self) -> Grid | None:

@@ -6,7 +6,7 @@ is patched to know one more keyword, and its head to score where it is asked to.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmtk.batch import Batch
+    from llmtk.scoring.layout import PackedRow
 
 TASK = "llmtk_task"
 """The private keyword that carries a task through the wrapped root to the causal model inside it."""
@@ -43,16 +44,16 @@ class Task:
     `hidden` (targets, width) are the states that predict the targets.
     """
 
-    layout: Layout
+    layout: PackedRow
     of: Callable[[Tensor, Any, HeadShape], dict[str, Tensor]]
 
 
-def score(root: Callable[..., Any], batch: Batch, also: Iterable[str] = ()) -> Scores:
+def score(root: Callable[..., Any], batch: Batch, also: Iterable[str] = (), temperature: float = 1.0) -> Scores:
     """Score every target token of the batch with a root whose causal model is patched."""
     wanted, targets = checked(also), batch.target_tokens
 
     def of(hidden: Tensor, head: Any, shape: HeadShape) -> dict[str, Tensor]:
-        return _named(head_scores(hidden, head, targets, shape, wanted))
+        return _named(head_scores(hidden, head, targets, replace(shape, temperature=temperature), wanted))
 
     found = _ask(root, batch, of)
     return Scores(batch, **{name: found[name] for name in ("logps", *ALSO) if name in found})
@@ -153,7 +154,7 @@ def _select(causal: Any) -> None:
             module.config._attn_implementation = name
 
 
-def _trunk(causal: Any, layout: Layout, routed: bool) -> tuple[Tensor, Tensor | None]:
+def _trunk(causal: Any, layout: PackedRow, routed: bool) -> tuple[Tensor, Tensor | None]:
     """Run the model without its head: hidden states (1, T, width) behind the last norm, and a router loss if asked."""
     # A 4-D mask is taken as it is: no mask is built, and packed attention does not look at it.
     no_mask = torch.zeros(1, 1, 1, 1, device=layout.ids.device)

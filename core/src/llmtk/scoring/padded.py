@@ -21,10 +21,12 @@ Forward = Callable[..., Any]
 """The wrapped root, or anything that is called like a causal model of transformers and returns `.logits`."""
 
 
-def score(root: Forward, batch: Batch, also: Iterable[str] = ()) -> Scores:
+def score(root: Forward, batch: Batch, also: Iterable[str] = (), temperature: float = 1.0) -> Scores:
     """Score every target token of the batch. ValueError for an unknown name in `also`."""
     wanted = checked(also)
     logits = target_logits(root, batch).float()
+    if temperature != 1.0:
+        logits = logits / temperature
     targets = batch.target_tokens
     extras: dict[str, Tensor] = {}
     if wanted & {"entropy", "vocab_mean", "square_sum"}:

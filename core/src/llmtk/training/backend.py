@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from llmtk.config.sections import TrainConfig
@@ -79,6 +80,11 @@ class Backend:
     def compute_dtype(self) -> torch.dtype:
         """The dtype of matrix products under autocast."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[self.precision]
+
+    @property
+    def forward_is_collective(self) -> bool:
+        """Whether a forward waits for the other ranks: theirs of a sharded model hold parts of its weights."""
+        return any(isinstance(module, FSDPModule) for module in self.root.modules())
 
     def prepare(self, root: nn.Module, frozen: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
         """Wrap the root and its optimizer; put frozen models beside them, in eval mode and without gradients."""

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from llmtk import Batch, Group, Sampling, Sequence
-from llmtk.generation import _choose, generate
+from llmtk.generation import generate
+from llmtk.generation.sampling import choose
 from llmtk.scoring.padded import score
 
 PROMPTS = [[40, 50, 60], [70], [80, 81, 82, 83, 84, 85, 86], [90, 91], [70, 71, 72, 73]]
@@ -113,7 +114,7 @@ def test_draws_follow_the_distribution(settings, wanted):
 def test_a_draw_at_the_very_edge_never_takes_an_impossible_token(uniform, token):
     """Of two tokens with a half each; those before, between and behind them are impossible."""
     logits = torch.tensor([[-torch.inf, -torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
-    drawn, logp = _choose(logits, torch.tensor([uniform], dtype=torch.float64), Sampling())
+    drawn, logp = choose(logits, torch.tensor([uniform], dtype=torch.float64), Sampling())
     assert drawn.tolist() == [token]
     assert logp.item() == pytest.approx(-math.log(2))
 
