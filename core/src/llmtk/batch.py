@@ -282,12 +282,18 @@ class Batch:
 class Mean:
     """A metric as a sum and a count, so that means over micro-batches, ranks and steps are exact.
 
-    `then="exp"` applies the exponential after the division (perplexity from a sum of negative log-probs).
+    `then="exp"` applies the exponential after the division (perplexity from a sum of negative log-probs). `then="max"`
+    is no mean: of several, the one with the largest sum is kept (`Mean.largest`).
     """
 
     sum: Tensor | float
     count: Tensor | float
-    then: Literal["identity", "exp"] = "identity"
+    then: Literal["identity", "exp", "max"] = "identity"
+
+    @classmethod
+    def largest(cls, value: Tensor | float) -> Mean:
+        """Make a metric that is the largest value over micro-batches, ranks and the steps of a line of the log."""
+        return cls(value, 1, "max")
 
 
 @dataclass(frozen=True)

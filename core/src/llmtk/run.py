@@ -34,7 +34,7 @@ from llmtk.reporting.records import Records
 from llmtk.reporting.speed import Speed
 from llmtk.scoring import Scorer, Scores
 from llmtk.training import checkpoints, loop, optimizers, snapshot
-from llmtk.training.backend import Backend, add_up
+from llmtk.training.backend import Backend
 from llmtk.training.evaluation import eval_mode, evaluate
 from llmtk.training.events import Plan
 from llmtk.training.loop import Interrupted
@@ -45,6 +45,7 @@ from llmtk.training.randomness import Randomness
 from llmtk.training.router import RouterLoss
 from llmtk.training.signals import first_signal
 from llmtk.training.state import TrainState
+from llmtk.training.tally import Tally
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -343,10 +344,10 @@ class Run:
 
     def reduce_means(self, means: Mapping[str, Mean]) -> dict[str, Mean]:
         """Add metrics up over all ranks; one may be there on some ranks only."""
-        everyone = self.gather({name: (float(m.sum), float(m.count), m.then) for name, m in means.items()})
-        sums, counts = (add_up({n: m[i] for n, m in rank.items()} for rank in everyone) for i in (0, 1))
-        then = {name: values[2] for rank in everyone for name, values in rank.items()}
-        return {name: Mean(sums[name], counts[name], then[name]) for name in sums}
+        whole = Tally()
+        for rank in self.gather({name: [float(m.sum), float(m.count), m.then] for name, m in means.items()}):
+            whole.add(Tally(metrics=rank))
+        return {name: Mean(*entry) for name, entry in whole.metrics.items()}
 
     def first_of_ranks(self, value: str | None) -> str | None:
         """Return the first rank's value that is not None, on all ranks."""

@@ -113,7 +113,7 @@ def test_a_pair_becomes_two_labelled_rows_or_a_dialogue() -> None:
         (PLAIN | {"chosen": GOOD}, "pair", "prompt and chosen are of two kinds"),
         (PLAIN | {"margin": float("nan")}, "pair", "margin is nan"),
         (PLAIN | {"margin": "much"}, "pair", "margin is text"),
-        (PLAIN | {"rejected": None}, "pair", "fit no format"),
+        (PLAIN | {"rejected": None}, "pair", "Rows of type pair are needed"),
         ({"chosen": GOOD, "rejected": BAD}, "pair", "there is no prompt"),
         ({"conversations": [{"from": "cat", "value": "q"}], "chosen": {}, "rejected": {}}, "pair", "from 'cat'"),
     ],

@@ -118,9 +118,9 @@ def test_ambiguous_columns_are_refused() -> None:
 
 
 def test_unknown_columns_are_told_with_what_each_format_needs(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.jsonl", [{"question": "1+1?", "answer": "2"}])
+    path = write(tmp_path, "a.jsonl", [{"query": "1+1?", "answer": "2"}])
     message = refusal(path)
-    assert message.startswith(f"{path} has the columns answer, question, which fit no format")
+    assert message.startswith(f"{path} has the columns answer, query, which fit no format")
     assert "alpaca: instruction, output (optional: history, input, system)" in message
     assert "messages: messages" in message
 

@@ -5,6 +5,7 @@ A new row type is encoded by one function under :func:`encoder`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from llmtk.data.dialogue import Rendered, mark, render_spans
-from llmtk.data.rows import Dialogue, Labelled, Message, Pair, PromptCompletion, Row, RowError, Text
+from llmtk.data.rows import Dialogue, Labelled, Message, Pair, Prompt, PromptCompletion, Row, RowError, Text
 from llmtk.data.templates import chat_template, render
 from llmtk.errors import ConfigurationError, DatasetError
 
@@ -129,6 +130,25 @@ class EncodedAnswers:
         return kept, any(len(ids) > room for ids, _ in self.answers.values())
 
 
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt's tokens, shape (tokens,), up to where the answer begins, and the row as JSON."""
+
+    prompt: NDArray[np.int64]
+    values: dict[str, Any]
+    place: str
+
+    @property
+    def parts(self) -> dict[str, NDArray[Any]]:
+        """The column `prompt_ids`."""
+        return {"prompt_ids": self.prompt}
+
+    def cut(self, length: int) -> tuple[EncodedPrompt | None, bool]:
+        """Return the row, or None if there is no room for an answer within a length. A prompt is never cut."""
+        over = len(self.prompt) >= length
+        return (None if over else self), over
+
+
 @dataclass
 class Context:
     """What encoders share: the tokenizer, what follows from it and the configuration, and the report."""
@@ -207,7 +227,7 @@ class Context:
 Turns = tuple[list[Message], list[dict[str, Any]] | None, int, str]
 """Messages, tools, the index of the first message that may be learnt, and the row's place."""
 
-AnyEncoded = Encoded | EncodedAnswers
+AnyEncoded = Encoded | EncodedAnswers | EncodedPrompt
 Encoder = Callable[[Context, Sequence[Any]], Iterator[AnyEncoded]]
 AnyEncoder = TypeVar("AnyEncoder", bound=Encoder)
 ENCODERS: dict[str, Encoder] = {}
@@ -258,6 +278,25 @@ def _encode_labelled(context: Context, rows: Sequence[Labelled]) -> Iterator[Enc
     wholes = _encode_answers(context, rows, [row.completion for row in rows])
     for row, whole in zip(rows, wholes, strict=True):
         yield EncodedAnswers.of({"completion": whole}, {"label": row.label}, row.place)
+
+
+@encoder(Prompt)
+def _encode_prompts(context: Context, rows: Sequence[Prompt]) -> Iterator[EncodedPrompt]:
+    """Messages through the template, up to where the assistant is to begin; text as it stands."""
+    asked = context.tokens([_asked(context, row) for row in rows])
+    for row, (ids, _) in zip(rows, asked, strict=True):
+        bos = context.bos if isinstance(row.prompt, str) else []
+        values = {"prompt": json.dumps(row.prompt), "columns": json.dumps(row.columns)}
+        yield EncodedPrompt(np.concatenate([np.asarray(bos, dtype=np.int64), ids]), values, row.place)
+
+
+def _asked(context: Context, row: Prompt) -> str:
+    if isinstance(row.prompt, str):
+        return row.prompt
+    try:
+        return render(context.tokenizer, context.template, row.prompt, row.tools, prompt=True)
+    except RowError as error:
+        raise DatasetError(f"{row.place}: {error}.") from error
 
 
 def _encode_answers(context: Context, rows: Sequence[Pair | Labelled], answers: Sequence[Any]) -> Iterator[Encoded]:

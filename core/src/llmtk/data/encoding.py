@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmtk.data.encoders import ENCODERS, AnyEncoded, Context, EncodingReport
+from llmtk.data.encoders import ENCODERS, AnyEncoded, Context, EncodedPrompt, EncodingReport
 from llmtk.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def encode(
     ``place`` (text) and, but for documents, ``targets`` (boolean list, as long as ``input_ids``; a sequence's first
     token is never a target). Pairs and labelled rows have, in place of the two lists, ``prompt_ids``, and ``NAME_ids``
     and ``NAME_targets`` for each answer behind it (``chosen``, ``rejected``, ``completion``), with ``margin`` or
-    ``label``. A sequence is cut at, or left out over, ``config.max_length`` tokens; documents are neither.
+    ``label``. Prompts have ``prompt_ids``, and as JSON ``prompt`` and ``columns``. A sequence is cut at, or left out
+    over, ``config.max_length`` tokens; a prompt that leaves no room behind it is left out, documents are neither.
 
     ``vocab_size`` is the number of the model's embeddings, if it is known.
 
@@ -70,7 +71,7 @@ def _encode_batch(context: Context, rows: list[Row]) -> Iterator[AnyEncoded]:
 def _fit(item: AnyEncoded, config: DataConfig, report: EncodingReport) -> AnyEncoded | None:
     """Return the row within max_length, or None if nothing is left to learn."""
     kept, over = item.cut(config.max_length)
-    if over and config.on_too_long == "drop":
+    if over and (config.on_too_long == "drop" or isinstance(item, EncodedPrompt)):
         report.too_long.append(item.place)
         return None
     if kept is None:

@@ -14,6 +14,7 @@ from llmtk.data.rows import (
     Labelled,
     Message,
     Pair,
+    Prompt,
     PromptCompletion,
     Row,
     RowError,
@@ -43,9 +44,12 @@ class Format:
     needs: frozenset[str]
     parse: Callable[[Columns, str], Row]
     optional: frozenset[str] = frozenset()
+    takes_all: bool = False
+    """Whether a row keeps its other columns too."""
 
     def __str__(self) -> str:
-        optional = f" (optional: {', '.join(sorted(self.optional))})" if self.optional else ""
+        more = [*sorted(self.optional), *["any others"] * self.takes_all]
+        optional = f" (optional: {', '.join(more)})" if more else ""
         return f"{self.name}: {', '.join(sorted(self.needs))}{optional}"
 
     def row(self, columns: Columns, place: str) -> Row:
@@ -200,6 +204,17 @@ def _labelled_messages(columns: Columns, place: str) -> Row:
     return Labelled(messages[:-1], messages[-1:], columns["label"], _tools(columns), place=place)
 
 
+def _prompt(columns: Columns, place: str) -> Row:
+    others = {name: value for name, value in columns.items() if name not in ("prompt", "tools")}
+    return Prompt(_clean(columns["prompt"]), others, _tools(columns), place=place)
+
+
+def _question(columns: Columns, place: str) -> Row:
+    check_text("question", columns["question"])
+    others = {name: value for name, value in columns.items() if name != "question"}
+    return Prompt([{"role": "user", "content": columns["question"]}], others, place=place)
+
+
 def _clean(messages: Any) -> Any:
     """Leave out null fields of messages: a template takes ``tool_calls: null`` for a tool call."""
     if not isinstance(messages, list):
@@ -271,6 +286,8 @@ FORMATS: dict[str, Format] = {
             _labelled,
             frozenset({"tools"}),
         ),
+        Format("prompt", Prompt, frozenset({"prompt"}), _prompt, frozenset({"tools"}), takes_all=True),
+        Format("question", Prompt, frozenset({"question"}), _question, takes_all=True),
         Format(
             "labelled messages", Labelled, frozenset({"messages", "label"}), _labelled_messages, frozenset({"tools"})
         ),

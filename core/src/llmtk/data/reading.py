@@ -68,7 +68,8 @@ class _Reading:
         if not columns:
             return None
         form = recognise(columns, self.row_types, name)
-        if unused := sorted(columns - form.needs - form.optional):
+        unused = sorted(columns - form.needs - form.optional)
+        if unused and not form.takes_all:
             self.notices.append(f"{name} is read as {form.name}; not used: {', '.join(unused)}.")
         return form
 

@@ -6,6 +6,7 @@ function under :func:`conversion`. Nothing else in the package lists the types.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -129,6 +130,32 @@ class Labelled(Row):
 
     def texts(self) -> list[str]:
         return _texts(self.prompt, self.completion)
+
+
+@dataclass(frozen=True)
+class Prompt(Row):
+    """What is to be answered: text, or a list of messages; and every other column of the row, for rewards."""
+
+    type: ClassVar[str] = "prompt"
+    prompt: str | list[Message]
+    columns: dict[str, Any]
+    tools: list[dict[str, Any]] | None = None
+
+    def check(self) -> None:
+        if isinstance(self.prompt, str):
+            check_text("prompt", self.prompt)
+        else:
+            check_messages("prompt", self.prompt)
+            if self.prompt[-1]["role"] == "assistant":
+                raise RowError("prompt ends with a turn of the assistant, which leaves nothing to answer")
+        check_tools(self.tools)
+        try:
+            json.dumps(self.columns)
+        except (TypeError, ValueError) as error:
+            raise RowError(f"its columns hold what JSON cannot: {error}") from error
+
+    def texts(self) -> list[str]:
+        return _texts(self.prompt)
 
 
 def _texts(*sides: str | list[Message]) -> list[str]:
@@ -274,3 +301,12 @@ def _keep_chosen(row: Pair) -> list[Row]:
 @conversion(Pair, Dialogue)
 def _join_chosen(row: Pair) -> list[Row]:
     return [joined for part in _keep_chosen(row) for joined in convert(part, [Dialogue.type])]
+
+
+@conversion(Dialogue, Prompt)
+def _ask_for_the_answer(row: Dialogue) -> list[Row]:
+    """What the assistant said last becomes the column `answer`."""
+    last = max(index for index, message in enumerate(row.messages) if message["role"] == "assistant")
+    if last == 0:
+        raise RowError("messages begin with the assistant's turn, which leaves no prompt")
+    return [Prompt(row.messages[:last], {"answer": row.messages[last].get("content")}, row.tools, place=row.place)]

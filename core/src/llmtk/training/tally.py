@@ -32,7 +32,7 @@ class Tally:
         """Add another tally to this one."""
         for mine, theirs in ((self.terms, other.terms), (self.metrics, other.metrics)):
             for name, entry in theirs.items():
-                mine[name] = [_plus(a, b) for a, b in zip(mine[name], entry, strict=True)] if name in mine else entry
+                mine[name] = _joined(mine[name], entry) if name in mine else entry
 
     def add_means(self, means: Mapping[str, Mean]) -> None:
         """Add metrics given as sums and counts, already over all ranks."""
@@ -123,8 +123,10 @@ def objective(terms: Mapping[str, Term], totals: Mapping[str, float], world_size
     return torch.stack(shares).sum() if shares else sum((term.sum for term in terms.values()), torch.zeros(())) * 0
 
 
-def _plus(a: Any, b: Any) -> Any:
-    return a if isinstance(a, str) else a + b
+def _joined(a: list[Any], b: list[Any]) -> list[Any]:
+    if a[2] == "max":
+        return max(a, b)
+    return [x if isinstance(x, str) else x + y for x, y in zip(a, b, strict=True)]
 
 
 def _exp(value: float) -> float:
