@@ -6,7 +6,7 @@ sequence are therefore chosen, rejected, chosen, rejected, ... (`sides` takes th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any, Literal
 
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from llmtk import (
     Batch,
-    ConfigurationError,
     DatasetError,
     Demo,
     Group,
@@ -138,23 +137,6 @@ def kl_metric(logps: Tensor, reference_logps: Tensor) -> dict[str, Mean]:
 
 def _mean(values: Tensor) -> Mean:
     return Mean(values.sum(), len(values))
-
-
-def refuse_unused(section: str, options: Section, chosen: Collection[str], used: Mapping[str, Collection[str]]) -> None:
-    """Refuse options that are given and that none of the chosen losses uses. ConfigurationError names those that do.
-
-    `used` says by option which losses use it.
-    """
-    for option, losses in used.items():
-        if is_given(options, option) and not set(losses) & set(chosen):
-            raise ConfigurationError(
-                f"{section}.{option}: {section}.loss: {', '.join(chosen)} does not use it; used by {', '.join(losses)}"
-            )
-
-
-def is_given(options: Section, name: str) -> bool:
-    """Whether an option has another value than its default: a run's own config.yaml spells the defaults out."""
-    return bool(getattr(options, name) != type(options).model_fields[name].default)
 
 
 # The demo: right and wrong sums

@@ -20,18 +20,17 @@ from llmtk_pref import (
     PairOptions,
     PairStage,
     chosen_nll,
-    is_given,
     kl_metric,
     pair_batch,
     pair_demo,
     pair_metrics,
-    refuse_unused,
     sides,
 )
 from pydantic import Field
 from torch import Tensor
 
 from llmtk import Batch, ConfigurationError, Demo, LossOutput, Round, RunView, Term, hookimpl
+from llmtk.config.unused import is_given, refuse_unused
 from llmtk.contract import Row
 
 Loss = Literal[

@@ -28,13 +28,13 @@ from llmtk_pref import (
     pair_batch,
     pair_demo,
     pair_metrics,
-    refuse_unused,
     sides,
 )
 from pydantic import Field
 from torch import Tensor
 
 from llmtk import Batch, Demo, LossOutput, Round, RunView, Term
+from llmtk.config.unused import refuse_unused
 from llmtk.contract import Row
 
 

@@ -28,7 +28,7 @@ proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks fo
 
 
 def state(pid: int | str) -> list[str]:
-    """Return what the system knows of a process, beginning with its state and its parent; nothing where there is none."""
+    """Return what the system knows of a process: its state, its parent, ...; nothing where there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

@@ -113,6 +113,10 @@ class RunView(Protocol):
         """Optimizer steps taken."""
 
     @property
+    def global_rows(self) -> int:
+        """Rows of a global batch, over all ranks."""
+
+    @property
     def max_length(self) -> int:
         """Tokens of a sequence, at most."""
 
@@ -170,6 +174,12 @@ class RunView(Protocol):
 
     def evaluate(self) -> dict[str, float]:
         """Return the exact means over the run's evaluation rows. All ranks must call it together."""
+
+    def log_samples(self, samples: Sequence[Mapping[str, Any]], steps: int = 1) -> None:
+        """Write the main rank's samples to samples.jsonl and show them, if a line of the log is due within `steps`.
+
+        A sample is a mapping with `prompt`, `completion`, `reward` and whatever else there is to tell.
+        """
 
     def notify(self, message: str) -> None:
         """Say something to the user, once."""

@@ -399,6 +399,16 @@ class Run:
         line = {"step": self.state.step, "epoch": self.order.epochs, **values}
         self.console.log(line, self.plan.max_steps, speed)
 
+    def log_samples(self, samples: Sequence[Mapping[str, Any]], steps: int = 1) -> None:
+        """Write samples, and show them, if a line of the log is due within the next steps."""
+        from llmtk.reporting.samples import show_samples
+
+        every, step = self.config.train.logging_steps, self.state.step
+        if samples and self.backend.is_main and (step + steps) // every > step // every:
+            for sample in samples:
+                self.records.write("samples", {"step": step, **sample})
+            show_samples(self.console, samples, step)
+
     def write_samples(self) -> None:
         """Answer a few evaluation prompts, if the configuration asks for it. All ranks must call it together."""
         from llmtk.reporting.samples import write_samples

@@ -28,6 +28,14 @@ class Console:
         else:
             print(message, flush=True)
 
+    def show(self, table: Any) -> None:
+        """Print a table of rich's, above the live display if there is one."""
+        if not self.speaks:
+            return
+        from rich.console import Console as Terminal
+
+        (Terminal() if self._progress is None else self._progress.console).print(table)
+
     def begin(self, steps: int, done: int) -> None:
         """Open the live display, if the output is a terminal."""
         if not self.speaks or not sys.stdout.isatty():

@@ -1,11 +1,14 @@
-"""Generated samples at each evaluation, for a person to read."""
+"""Generated samples for a person to read: at each evaluation, and of rounds."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from llmtk.contract import Row
+    from llmtk.reporting.console import Console
     from llmtk.run import Run
 
 
@@ -25,6 +28,23 @@ def write_samples(run: Run) -> None:
     for prompt, (answer,) in zip(prompts, answers, strict=True):
         line = {"prompt": run.tokenizer.decode(prompt), "completion": run.tokenizer.decode(answer.tokens)}
         run.records.write("samples", {"step": run.step, **line, "stopped": answer.stopped})
+
+
+def show_samples(console: Console, samples: Sequence[Mapping[str, Any]], step: int) -> None:
+    """Show completions and their rewards as a table."""
+    from rich.table import Table
+
+    table = Table("prompt", "completion", "reward", title=f"completions before step {step + 1}", title_justify="left")
+    for sample in samples:
+        table.add_row(_short(sample["prompt"]), _short(sample["completion"]), f"{sample['reward']:.3g}")
+    console.show(table)
+
+
+def _short(text: str, most: int = 200) -> str:
+    """Return a text's end, where it is long: a question's end says more than its beginning."""
+    from rich.markup import escape
+
+    return escape(text if len(text) <= most else f"... {text[-most:]}")
 
 
 def _prompt(row: Row) -> list[int]:

@@ -87,6 +87,7 @@ class _FusedHead(torch.autograd.Function):
             lse = new_lse
         entropy = -negentropy
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
+        ctx.set_materialize_grads(False)  # an entropy that is only looked at costs nothing in the backward pass
         ctx.shape, ctx.also = shape, also
         top1 = likeliest == targets
         ctx.mark_non_differentiable(squares, top1)
@@ -96,10 +97,8 @@ class _FusedHead(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
         d_logps, d_entropy, d_mean = gradients[:3]
-        if "entropy" not in ctx.also:
-            d_entropy = None
-        if "vocab_mean" not in ctx.also:
-            d_mean = None
+        if d_logps is None:
+            d_logps = torch.zeros_like(lse)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
         d_weight = torch.empty_like(weight) if wants_weight else None
