@@ -28,7 +28,7 @@ proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks fo
 
 
 def state(pid: int | str) -> list[str]:
-    """Return what the system knows of a process: its state, its parent, ...; nothing where there is none."""
+    """Return what the system knows of a process, its state and its parent first; nothing where there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -36,9 +36,10 @@ def state(pid: int | str) -> list[str]:
 
 
 def children(parent: int) -> list[int]:
-    """Return the processes that a process has started."""
-    processes = (entry.name for entry in Path("/proc").iterdir() if entry.name.isdigit())
-    return [int(pid) for pid in processes if state(pid)[1:2] == [str(parent)]]
+    """Return the reward processes that a process has started."""
+    commands = {entry.parent.name: entry.read_bytes() for entry in Path("/proc").glob("[0-9]*/cmdline")}
+    started = [pid for pid, command in commands.items() if b"reward_process" in command]
+    return [int(pid) for pid in started if state(pid)[1:2] == [str(parent)]]
 
 
 def alive(pid: int) -> bool:

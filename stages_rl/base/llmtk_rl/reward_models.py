@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 class ModelReward:
     """A reward model, which reads prompt and completion as it was trained to: by its own template, in its own tokens.
 
-    So its tokenizer need not be the policy's. A completion that was cut off is judged as if it had ended there. The
-    model is loaded when it is first asked, in this process. ConfigurationError or ModelLoadError for a folder, or an
+    So its tokenizer need not be the policy's, and what its template puts behind an answer (a line break, say) is there
+    too, which the policy never writes. A completion that was cut off is judged as if it had ended there. The model is
+    loaded when it is first asked, in this process. ConfigurationError or ModelLoadError for a folder, or an
     installation, that cannot do it.
     """
 

@@ -12,7 +12,6 @@ The child runs this file as a script: what it imports at its top is the standard
 
 from __future__ import annotations
 
-import asyncio
 import faulthandler
 import inspect
 import json
@@ -342,7 +341,7 @@ def _options(names: Collection[str]) -> str:
 
 
 def _signature(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the fields of `Signature`. A class may name the columns that it needs as `columns`."""
+    """Return the fields of `Signature`. A class says in `columns` which it needs beside those that it names."""
     parameters = inspect.signature(function).parameters.values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     columns = list(getattr(function, "columns", ()))
@@ -355,6 +354,8 @@ def _signature(function: Callable[..., Any]) -> dict[str, Any]:
 def _called(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     result = function(**arguments)
     if inspect.iscoroutine(result):
+        import asyncio
+
         result = asyncio.run(result)
     if isinstance(result, str | Mapping) or not isinstance(result, Iterable):
         raise _Refusal(f"returned {reprlib.repr(result)} in place of a list of numbers")

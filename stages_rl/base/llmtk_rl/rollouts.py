@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmtk import Batch, Completion, Group, Mean, RunView, TrainingError
+from llmtk import Batch, Completion, Group, LlmtkError, Mean, RunView, TrainingError
 from llmtk import Sequence as Tokens
 from llmtk.contract import Row
 from llmtk.generation import Segment
@@ -140,8 +140,25 @@ class Writer:
             if counts[index]
             for answer, text in zip(completions[index], texts[index], strict=True)
         ]
-        found = self.rewards(samples) if samples else torch.zeros(0, len(self.rewards.names), dtype=torch.float64)
-        return list(torch.split(found, counts))
+        return list(torch.split(self._together(samples), counts))
+
+    def _together(self, samples: Sequence[Sample]) -> Tensor:
+        """Return rewards (samples, functions). What fails on one rank ends them all: the others would wait for it."""
+        failure: LlmtkError | None = None
+        found = torch.zeros(0, len(self.rewards.names), dtype=torch.float64)
+        try:
+            found = self.rewards(samples) if samples else found
+        except LlmtkError as error:
+            failure = error
+        told = self.run.gather(None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        for rank, problem in enumerate(told):
+            if problem is not None:
+                raise TrainingError(f"rank {rank}: {problem}")
+        for why in self.rewards.left_out:
+            self.run.notify(why)
+        return found
 
 
 def is_offline(columns: Mapping[str, Any]) -> bool:
