@@ -72,14 +72,14 @@ def test_a_hang_is_ended_and_its_row_named(
 def test_rows_that_hang_are_left_out_and_a_function_that_always_hangs_is_not_waited_for(
     of_file: MakeRewards, samples: MakeSamples
 ) -> None:
-    rewards = of_file(SLEEP, on_error="drop", timeout=0.3)
+    rewards = of_file(SLEEP, on_error="drop", timeout=0.5)
     found = rewards(samples("aaa", "hang", "a"))
     assert found.isnan().flatten().tolist() == [False, True, False]
     assert found[0].item() == 3
     assert len(rewards.left_out) == 1
     began = time.monotonic()
     assert rewards(samples(*["hang"] * 50)).isnan().all()
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 10
     assert len(rewards.left_out) == 50
 
 
