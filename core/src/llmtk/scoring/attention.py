@@ -19,7 +19,7 @@ from llmtk.scoring import flex
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from llmtk.scoring.layout import Grid, Layout
+    from llmtk.scoring.layout import Behind, Grid, Layout
 
 LAYOUT = "llmtk_layout"
 """The keyword under which a layout travels through a model's layers to this function."""
@@ -97,6 +97,8 @@ def packed_attention(
         return flex.attend(query, key, value, layout, scale, sliding_window, softcap or 0.0)
     if layout.grid is not None and layout.grid.longest < LONG:
         return _attend_grid(query[0], key[0], value[0], layout.grid, scale, sliding_window, softcap or 0.0)
+    if (found := layout.grids) is not None and max(grid.key_cells.shape[1] for grid in found[0]) < LONG:
+        return _attend_grids(query[0], key[0], value[0], *found, scale, sliding_window, softcap or 0.0)
     # `split`, since its backward pass is one copy; slices would each fill a whole row with zeros.
     queries = torch.split(query[0], layout.lengths, dim=1)
     keys = torch.split(key[0], layout.lengths, dim=1)
@@ -144,6 +146,38 @@ def _attend_grid(
     if grid.back is not None:
         output = output.index_select(1, grid.back)
     return output.transpose(0, 1)[None]
+
+
+def _attend_grids(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grids: list[Behind],
+    back: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float,
+) -> Tensor:
+    """Attend in all segments that stand alone at once, and in all that stand behind a prefix: (heads, T, width)."""
+    outputs = []
+    for grid in grids:
+        segments = len(grid.cells)
+
+        def rows(states: Tensor, cells: Tensor, segments: int = segments) -> Tensor:
+            """Return (key heads x segments, heads of the group x length, width)."""
+            picked = states.index_select(1, cells.flatten().to(states.device))
+            split = picked.view(key.shape[0], -1, segments, cells.shape[1], states.shape[-1])
+            return split.transpose(1, 2).reshape(key.shape[0] * segments, -1, states.shape[-1])
+
+        # Rows of a key head's segments stand behind each other, and so do their biases.
+        bias = grid.bias(window, query.device).repeat(key.shape[0], 1, 1, 1)
+        written: Any = _Written.apply
+        attended = written(
+            rows(query, grid.cells), rows(key, grid.key_cells), rows(value, grid.key_cells), bias, scale, softcap
+        )
+        split = attended.view(key.shape[0], segments, -1, grid.cells.shape[1], attended.shape[-1])
+        outputs.append(split.transpose(1, 2).reshape(query.shape[0], -1, attended.shape[-1]))
+    return torch.cat(outputs, 1).index_select(1, back.to(query.device)).transpose(0, 1)[None]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float) -> Tensor:
@@ -195,7 +229,7 @@ class _Written(torch.autograd.Function):
         probabilities, _ = _probabilities(grouped, k, bias, scale, softcap)
         output = probabilities.to(v.dtype) @ v
         ctx.save_for_backward(grouped, k, v, bias, output)
-        ctx.scale, ctx.softcap, ctx.heads = scale, softcap, q.shape[0]
+        ctx.scale, ctx.softcap, ctx.shape = scale, softcap, q.shape
         return output.view(*q.shape[:2], v.shape[-1])
 
     @staticmethod
@@ -210,7 +244,7 @@ class _Written(torch.autograd.Function):
         if capped is not None:
             d_scores *= 1 - (capped / ctx.softcap).square_()
         product = d_scores.mul_(ctx.scale).to(q.dtype)
-        d_q = (product @ k).view(ctx.heads, -1, q.shape[-1])
+        d_q = (product @ k).view(ctx.shape)
         return d_q, product.transpose(1, 2) @ q, d_v, None, None, None
 
 
@@ -221,6 +255,6 @@ def _probabilities(q: Tensor, k: Tensor, bias: Tensor, scale: float, softcap: fl
     """
     scores = (q @ k.transpose(1, 2)).float().mul_(scale)
     capped = torch.tanh_(scores.div_(softcap)).mul_(softcap) if softcap else None
-    grouped = (scores if capped is None else capped).view(k.shape[0], -1, *bias.shape)
+    grouped = (scores if capped is None else capped).view(k.shape[0], -1, *bias.shape[-2:])
     hidden = grouped.add_(bias) if capped is None else grouped + bias
     return hidden.view(scores.shape).softmax(-1), capped

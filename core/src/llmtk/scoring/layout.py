@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -29,6 +30,55 @@ class Grid:
     longest: int
     cells: Tensor | None = None
     back: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Behind:
+    """Segments as rows of a grid, (segments, queries), their keys beside, (segments, keys): a prefix's, then their own.
+
+    `cells` and `key_cells` say which token of the packed row stands where, any one where there is none; `at` (segments,
+    queries) and `key_at` (segments, keys) their positions in the sequence, beyond any query's where there is none.
+    """
+
+    cells: Tensor
+    key_cells: Tensor
+    at: Tensor
+    key_at: Tensor
+    biases: dict[int | None, Tensor] = field(init=False, default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, segments: list[int], starts: list[int], lengths: list[int], prefixes: list[int]) -> Behind:
+        """Lay segments of a packed row out, each with its prefix, if it has one."""
+        queries = [_range(starts[segment], lengths[segment]) for segment in segments]
+        before = [
+            _range(starts[prefix], lengths[prefix]) if (prefix := prefixes[segment]) >= 0 else _range(0, 0)
+            for segment in segments
+        ]
+        keys = [torch.cat([prefix, own]) for prefix, own in zip(before, queries, strict=True)]
+        at = [_range(len(prefix), len(own)) for prefix, own in zip(before, queries, strict=True)]
+        key_at = [_range(0, len(key)) for key in keys]
+        return cls(_side_by_side(queries, 0), _side_by_side(keys, 0), _side_by_side(at, 0), _side_by_side(key_at, FAR))
+
+    def bias(self, window: int | None, device: torch.device) -> Tensor:
+        """Return (segments, 1, queries, keys): 0, or minus infinity for keys that a query must not see."""
+        if window not in self.biases:
+            with torch.inference_mode(False):  # a later backward pass may use it
+                at, key_at = self.at[:, :, None], self.key_at[:, None]
+                unseen = (key_at > at) if window is None else (key_at > at) | (key_at <= at - window)
+                bias = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
+                self.biases[window] = bias[:, None].to(device)
+        return self.biases[window]
+
+
+FAR = 2**40
+
+
+def _range(start: int, length: int) -> Tensor:
+    return torch.arange(start, start + length)
+
+
+def _side_by_side(rows: list[Tensor], padding: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
 
 
 class PackedRow(Protocol):
@@ -99,6 +149,38 @@ class Layout:
         from llmtk.scoring.attention import packed_attention
 
         return packed_attention(module, query, key, value, self, **settings)
+
+    @cached_property
+    def grids(self) -> tuple[list[Behind], Tensor] | None:
+        """Two grids, of segments that stand alone and of those behind a prefix, and each token's cell (T,) in both.
+
+        None where a grid would be mostly padding, or nothing stands behind a prefix.
+        """
+        starts = [end - length for end, length in zip(accumulate(self.lengths), self.lengths, strict=True)]
+        fed = [segment for segment, length in enumerate(self.lengths) if length]
+        behind = [segment for segment in fed if self.prefixes[segment] >= 0]
+        alone = [segment for segment in fed if self.prefixes[segment] < 0]
+        if len(behind) < 2:
+            return None
+        for segments in (alone, behind):
+            sizes = [
+                (self.lengths[s], self.lengths[s] + self.lengths[p] * (p >= 0)) for s, p in self._prefixed(segments)
+            ]
+            most = max(queries for queries, _ in sizes) * max(keys for _, keys in sizes)
+            if most * len(sizes) - sum(queries * keys for queries, keys in sizes) > SPARE * len(sizes):
+                return None
+        grids = [Behind.of(segments, starts, self.lengths, self.prefixes) for segments in (alone, behind)]
+        back = torch.zeros(sum(self.lengths), dtype=torch.int64)
+        before = 0
+        for segments, grid in zip((alone, behind), grids, strict=True):
+            for row, segment in enumerate(segments):
+                first = before + row * grid.cells.shape[1]
+                back[starts[segment] : starts[segment] + self.lengths[segment]] = _range(first, self.lengths[segment])
+            before += grid.cells.numel()
+        return grids, back
+
+    def _prefixed(self, segments: list[int]) -> list[tuple[int, int]]:
+        return [(segment, self.prefixes[segment]) for segment in segments]
 
     @cached_property
     def grid(self) -> Grid | None:
