@@ -131,7 +131,7 @@ class ReinforcementStage(Stage):
             run.log_samples(self._samples(rollouts), steps=self.windows_per_round)
             rollouts = self.choose(run, rollouts, write)
         rollouts = [rollout for rollout in rollouts if rollout.completions]
-        batch = self._scored(run, batch_of(rollouts, self.options), metrics, training)
+        batch = self._scored(run, batch_of(rollouts, self.options), metrics)
         batch = self.with_advantages(run, batch, metrics)
         if not training:
             return Round([batch], metrics)
@@ -190,11 +190,11 @@ class ReinforcementStage(Stage):
                 f"(per_device_train_batch_size x gradient_accumulation_steps x ranks). {_listed(fitting)} do"
             )
 
-    def _scored(self, run: RunView, batch: Batch, metrics: dict[str, Mean], training: bool) -> Batch:
+    def _scored(self, run: RunView, batch: Batch, metrics: dict[str, Mean]) -> Batch:
         """Add log-probs of the policy as it is now and of the reference, where the loss will need them."""
         temperature, targets = self.options.temperature, batch.per_target.get("sampled_logps", torch.zeros(0))
         columns: dict[str, Tensor] = {}
-        if self.needs_old_logps and training:
+        if self.needs_old_logps:
             old = run.score_window(batch, temperature=temperature).logps.cpu()
             known = ~targets.isnan()
             if self.is_whole:
