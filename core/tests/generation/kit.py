@@ -1,0 +1,73 @@
+"""What the tests of generation share: models made ready to write packed, what they wrote, and how scoring sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtk import Batch, Group
+from llmtk import Sequence as Tokens
+from llmtk.generation import Completion, Sampling, generate
+from llmtk.scoring import choose, padded
+from llmtk.scoring.packed import TASK
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the architectures are those that scoring is tested with
+from scoring.kit import PACKED, VOCABULARY, WINDOW, adapted, build
+
+__all__ = ["PACKED", "PROMPTS", "VOCABULARY", "WINDOW", "adapted", "build", "patched", "rescored", "told", "write"]
+
+PROMPTS = [[40, 50, 60], [70], [80, 81, 82, 83, 84, 85, 86, 87, 88, 89, 60, 61], [90, 91], [70, 71, 72, 73]]
+"""Of different lengths; one is longer than the windows."""
+
+
+def patched(root: Any) -> Any:
+    """Patch a model for packed rows, and return it."""
+    scorer = choose(root, lambda reason: [reason])
+    assert scorer.packed, scorer.why_padded
+    return root
+
+
+def write(
+    root: Any, prompts: Sequence[Sequence[int]] = PROMPTS, seeds: Sequence[int] | None = None, **settings: Any
+) -> list[list[Completion]]:
+    """Generate packed."""
+    return generate(root, prompts, Sampling(**settings), seeds, packed=True)
+
+
+def told(answers: list[list[Completion]]) -> list[list[tuple[list[int], str]]]:
+    """Return tokens and why they ended, which must be equal where log-probs may differ by rounding."""
+    return [[(answer.tokens, answer.stopped) for answer in copies] for copies in answers]
+
+
+def logps_of(answers: list[list[Completion]]) -> Tensor:
+    """Return all log-probs in one row."""
+    return torch.tensor([logp for copies in answers for answer in copies for logp in answer.logps])
+
+
+def rescored(root: Any, prompts: Sequence[Sequence[int]], answers: list[list[Completion]]) -> Tensor:
+    """Return what the plain way of scoring says of the same tokens, in the same order."""
+    groups = [
+        Group([Tokens(answer.tokens, [True] * len(answer.tokens), 0) for answer in copies], {}, [prompt])
+        for prompt, copies in zip(prompts, answers, strict=True)
+    ]
+    with torch.no_grad():
+        return padded.score(root, Batch.collate(groups)).logps
+
+
+@contextlib.contextmanager
+def forwards(root: nn.Module) -> Iterator[list[Any]]:
+    """Note the layout of each packed row that goes through a model."""
+    seen: list[Any] = []
+    hook = root.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs[TASK].layout), with_kwargs=True
+    )
+    try:
+        yield seen
+    finally:
+        hook.remove()
