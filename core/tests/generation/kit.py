@@ -45,9 +45,14 @@ def told(answers: list[list[Completion]]) -> list[list[tuple[list[int], str]]]:
     return [[(answer.tokens, answer.stopped) for answer in copies] for copies in answers]
 
 
+def flat(answers: list[list[Completion]]) -> list[Completion]:
+    """Return all completions, one after the other."""
+    return [answer for copies in answers for answer in copies]
+
+
 def logps_of(answers: list[list[Completion]]) -> Tensor:
     """Return all log-probs in one row."""
-    return torch.tensor([logp for copies in answers for answer in copies for logp in answer.logps])
+    return torch.tensor([logp for answer in flat(answers) for logp in answer.logps])
 
 
 def rescored(root: Any, prompts: Sequence[Sequence[int]], answers: list[list[Completion]]) -> Tensor:

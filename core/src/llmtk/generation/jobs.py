@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -45,6 +45,8 @@ class Jobs:
     together: Together | None = None
 
     def __post_init__(self) -> None:
+        if self.seeds is not None and len(self.seeds) != len(self.prompts):
+            raise ValueError(f"{len(self.seeds)} seeds for {len(self.prompts)} prompts; give one for each")
         for index, prompt in enumerate(self.prompts):
             if not 0 < len(prompt) < self.positions:
                 most = "" if math.isinf(self.positions) else f" to {self.positions - 1:.0f}"
@@ -58,6 +60,12 @@ class Jobs:
     def anyone(self, goes_on: bool) -> bool:
         """Whether there is work left, here or on a rank that this one keeps step with."""
         return goes_on if self.together is None else self.together(goes_on)
+
+    def before(self, written: Iterable[tuple[Job, Sequence[int]]]) -> list[list[int]]:
+        """Return each completion's tokens so far, prompt included; nothing where no repetition is penalised."""
+        if self.sampling.repetition_penalty == 1:
+            return []
+        return [[*job.prompt_tokens, *tokens] for job, tokens in written]
 
     def ending(self, job: Job, tokens: list[int]) -> Literal["stop", "length"] | None:
         """Return why a job's completion ends with its last token, or None if it goes on."""

@@ -55,7 +55,7 @@ def _write(model: Any, batch: Sequence[Job], jobs: Jobs) -> dict[int, Completion
         )
         cache = output.past_key_values
         if batch:
-            before = [[*job.prompt_tokens, *tokens] for job, (tokens, _) in zip(batch, written, strict=True)]
+            before = jobs.before((job, tokens) for job, (tokens, _) in zip(batch, written, strict=True))
             token, logp = choose(output.logits[:, -1], uniform[:, position], sampling, before)
             _keep(batch, written, done, jobs, token.tolist(), logp.tolist())
             ids = token[:, None]

@@ -4,6 +4,7 @@ the distribution's cumulative sum. So a draw depends on its sequence and positio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +58,8 @@ class Sampling:
 
 
 def uniform_numbers(sampling: Sampling, seed: int, sequence: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return the numbers (max_new_tokens,) in [0, 1) that decide a sequence's tokens."""
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed, sequence], dtype=np.uint64)))
+    """Return the numbers (max_new_tokens,) in [0, 1) that decide a sequence's tokens. A seed is taken modulo 2**64."""
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, sequence], dtype=np.uint64)))
     return generator.random(sampling.max_new_tokens)
 
 
@@ -68,7 +69,8 @@ def choose(
     """Choose a token for each row: logits (rows, vocabulary), uniform (rows,) to tokens and log-probs (rows,).
 
     `before` are each row's tokens so far, prompt included, for the repetition penalty. Log-probs, in float32, are those
-    of the distribution that is drawn from.
+    of the distribution that is drawn from; at temperature 0, of the model's at temperature 1. Logits that are NaN give
+    some token and a log-prob of NaN: one rank must not stop alone, and a step on such log-probs is refused by all.
     """
     logits = logits.float()
     if sampling.repetition_penalty != 1:
@@ -96,13 +98,17 @@ def _inverse(probabilities: Tensor, uniform: Tensor) -> Tensor:
     chunk = _first_over(sums, wanted)
     before = torch.where(chunk > 0, sums.gather(-1, (chunk - 1).clamp(min=0)), 0.0)
     within = chunks[torch.arange(rows, device=chunk.device), chunk[:, 0]].double().cumsum(-1)
-    return (chunk * CHUNK + _first_over(within, wanted - before)).squeeze(-1)
+    return (chunk * CHUNK + _first_over(within, wanted - before)).squeeze(-1).clamp(max=vocabulary - 1)
 
 
 def _first_over(cumulative: Tensor, wanted: Tensor) -> Tensor:
-    """Return the index (rows, 1) of the first sum over `wanted` (rows, 1), or of the last that rises where none is."""
+    """Return the index (rows, 1) of the first sum over `wanted` (rows, 1), or of the last that rises where none is.
+
+    Of sums that are NaN it is the last: an index behind the end would bring a GPU's process down.
+    """
     below = torch.nextafter(cumulative[:, -1:], torch.zeros_like(wanted))
-    return torch.searchsorted(cumulative, torch.minimum(wanted, below), right=True)
+    found = torch.searchsorted(cumulative, torch.minimum(wanted, below), right=True)
+    return found.clamp(max=cumulative.shape[-1] - 1)
 
 
 def _penalised(logits: Tensor, before: Sequence[Sequence[int]], penalty: float) -> Tensor:
@@ -124,7 +130,7 @@ def _kept(logits: Tensor, sampling: Sampling) -> Tensor:
         logits = logits.masked_fill(drop, -torch.inf)
     if sampling.min_p > 0:
         largest = logits.max(-1, keepdim=True).values
-        logits = logits.masked_fill(logits < largest + torch.tensor(sampling.min_p).log().item(), -torch.inf)
+        logits = logits.masked_fill(logits < largest + math.log(sampling.min_p), -torch.inf)
     return logits
 
 
@@ -153,4 +159,6 @@ class Stopping:
         # A token has a byte or more, so the string lies within as many tokens as it has bytes.
         longest = max(len(string.encode()) for string in self.sampling.stop_strings)
         text = self.decode(tokens[-longest - 1 :])
+        if "\N{REPLACEMENT CHARACTER}" in text:  # cut within a character, for which some tokenizers drop its neighbours
+            text = self.decode(tokens)
         return any(string in text for string in self.sampling.stop_strings)
