@@ -25,7 +25,7 @@ from llmtk.contract import REFERENCE, Dataset, Row, Stage
 from llmtk.errors import ConfigurationError, LlmtkError
 from llmtk.folder import RunFolder
 from llmtk.generation import Completion, Engine, Sampling
-from llmtk.generation.engines import engine_of
+from llmtk.generation.engines import check_engine, engine_of
 from llmtk.host import discovery, manager
 from llmtk.host.hooks import Hooks
 from llmtk.reporting import summary
@@ -447,6 +447,7 @@ class Run:
         self.stage.check(self)
         check_model(self.config.model)
         optimizers.check_scheduler(self.config.train)
+        check_engine(self.config.generation)
         if self.config.samples.count and self.stage.head == "value":
             raise ConfigurationError(f"samples.count: a model of stage {self.stage_name} writes no text; set it to 0")
         self._start()

@@ -17,10 +17,11 @@ from llmtk.generation import Completion, Sampling, generate
 from llmtk.scoring import choose, padded
 from llmtk.scoring.packed import TASK
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the architectures are those that scoring is tested with
+sys.path.insert(0, str(Path(__file__).parents[1]))  # architectures of the tests of scoring, and tiny runs
 from scoring.kit import PACKED, VOCABULARY, WINDOW, adapted, build
+from training.kit import make as make_run
 
-__all__ = ["PACKED", "PROMPTS", "VOCABULARY", "WINDOW", "adapted", "build", "patched", "rescored", "told", "write"]
+__all__ = ["PACKED", "VOCABULARY", "WINDOW", "adapted", "build", "make_run"]
 
 PROMPTS = [[40, 50, 60], [70], [80, 81, 82, 83, 84, 85, 86, 87, 88, 89, 60, 61], [90, 91], [70, 71, 72, 73]]
 """Of different lengths; one is longer than the windows."""
@@ -67,11 +68,14 @@ def rescored(root: Any, prompts: Sequence[Sequence[int]], answers: list[list[Com
 
 @contextlib.contextmanager
 def forwards(root: nn.Module) -> Iterator[list[Any]]:
-    """Note the layout of each packed row that goes through a model."""
+    """Note the layouts of packed rows that go through a model."""
     seen: list[Any] = []
-    hook = root.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs[TASK].layout), with_kwargs=True
-    )
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if TASK in kwargs:
+            seen.append(kwargs[TASK].layout)
+
+    hook = root.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield seen
     finally:

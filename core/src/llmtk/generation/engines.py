@@ -11,6 +11,7 @@ from llmtk.generation.proof import why_not_packed
 from llmtk.host import discovery
 
 if TYPE_CHECKING:
+    from llmtk.config.sections import GenerationConfig
     from llmtk.generation import Engine
     from llmtk.generation.completions import Completion
     from llmtk.generation.jobs import Together
@@ -18,10 +19,23 @@ if TYPE_CHECKING:
     from llmtk.run import Run
 
 
+BUILTIN = "builtin"
+
+
+def check_engine(config: GenerationConfig) -> None:
+    """Check that the engine is there, without importing it. PluginError where it is not, or is for another core."""
+    if config.engine == BUILTIN:
+        return
+    try:
+        discovery.find(discovery.GENERATORS, config.engine)
+    except PluginError as error:
+        raise PluginError(f"generation.engine: {error}") from error
+
+
 def engine_of(run: Run) -> Engine:
     """Return the engine that the configuration names. PluginError for one that is not installed, or is none."""
     config = run.config.generation
-    if config.engine == "builtin":
+    if config.engine == BUILTIN:
         return BuiltinEngine(run)
     offer = discovery.find(discovery.GENERATORS, config.engine)
     make: Any = discovery.load(offer)

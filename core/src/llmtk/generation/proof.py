@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,35 +18,49 @@ if TYPE_CHECKING:
 
     from llmtk.generation.jobs import Together
 
-LENGTHS = (3, 14, 1)
+LENGTHS = (3, 14, 1, 6)
 """Tokens of the prompts; one is longer than the twin's windows."""
 SAMPLING = Sampling(n=2, max_new_tokens=12, batch_size=4)
 """Fewer side by side than there are to write, so that some wait."""
+STOPS = 8
+"""One token in so many ends a completion, so that some leave while others go on."""
 
 
 def why_not_packed(root: nn.Module, together: Together | None = None) -> str | None:
     """Return why a root that is patched for packed scoring must generate the plain way, or None if it need not.
 
-    The context of autocast is the caller's.
+    The context of autocast is the caller's; the twin computes in float32, where less is a fault.
     """
     try:
-        twin = proof._twin(packed.causal_model(root)).to(next(root.parameters()).device)
+        device = next(root.parameters()).device
+        twin = proof._twin(packed.causal_model(root)).to(device)
         packed.patch(twin)
-        for what, model, keeping in (("a tiny twin of it", twin, None), ("the model", root, together)):
-            distance, near = _distance(model, keeping)
-            if not distance <= near:
-                return f"packed generation's log-probs of {what} are off by {distance:.1e}, more than {near:.0e}"
+        with torch.autocast(device.type, enabled=False):
+            far = _too_far(twin, "a tiny twin of it")
+        return far or _too_far(root, "the model", together)
     except Exception as error:  # a model of a kind never seen must not end the run: it can write the plain way
         return f"packed generation cannot be set up on it ({proof._short(error)})"
-    return None
+
+
+def _too_far(model: nn.Module, what: str, together: Together | None = None) -> str | None:
+    """Return by how much log-probs are off, if it is more than precision explains."""
+    distance, near = _distance(model, together)
+    if distance <= near:
+        return None
+    return f"packed generation's log-probs of {what} are off by {distance:.1e}, more than {near:.0e}"
 
 
 @torch.no_grad()
 def _distance(model: Any, together: Together | None) -> tuple[float, float]:
-    """Return how far log-probs of generation are from those of plain scoring, and how far they may be."""
-    device = next(model.parameters()).device
-    prompts = _prompts(model.config.get_text_config())
-    answers = generate(model, prompts, SAMPLING, packed=True, together=together)
+    """Return how far log-probs of generation are from those of plain scoring, and how far they may be.
+
+    That is relative to those of tokens taken at random, as in the proof of scoring: a model may be so sure of what it
+    writes that its log-probs are nothing but rounding.
+    """
+    device, config = next(model.parameters()).device, model.config.get_text_config()
+    prompts = _prompts(config)
+    sampling = replace(SAMPLING, stop_tokens=tuple(range(0, config.vocab_size, STOPS)))
+    answers = generate(model, prompts, sampling, packed=True, together=together)
     groups = [
         Group([Sequence(a.tokens, [True] * len(a.tokens), 0) for a in copies], {}, [prompt])
         for prompt, copies in zip(prompts, answers, strict=True)
@@ -54,7 +70,8 @@ def _distance(model: Any, together: Together | None) -> tuple[float, float]:
         expected = padded.score(model, Batch.collate(groups).to(device)).logps
     computed = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
     coarsest = max((computed, *(p.dtype for p in model.parameters())), key=proof._coarseness)
-    return proof._distance(found, expected), proof.TOLERANCE.get(coarsest, proof.TOLERANCE[torch.bfloat16])[0]
+    distance = proof._distance(found, expected, floor=math.log(config.vocab_size) * len(expected) ** 0.5)
+    return distance, proof.TOLERANCE.get(coarsest, proof.TOLERANCE[torch.bfloat16])[0]
 
 
 def _prompts(config: Any) -> list[list[int]]:
