@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,39 @@ __all__ = ["PACKED", "VOCABULARY", "WINDOW", "adapted", "build", "make_run"]
 
 PROMPTS = [[40, 50, 60], [70], [80, 81, 82, 83, 84, 85, 86, 87, 88, 89, 60, 61], [90, 91], [70, 71, 72, 73]]
 """Of different lengths; one is longer than the windows."""
+
+WRAPPED: dict[str, Callable[[], Any]] = {
+    "llama": lambda: build("llama"),
+    "lora": lambda: adapted(build("llama")),
+    "gemma2": lambda: build("gemma2"),
+}
+"""Models that two ranks write with."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of the prompts each of two ranks has, and how they are answered."""
+
+    owners: list[int]
+    settings: dict[str, Any]
+    prompts: list[list[int]] = field(default_factory=lambda: PROMPTS)
+
+    @property
+    def seeds(self) -> list[int]:
+        return [100 + len(prompt) for prompt in self.prompts]
+
+    def of_rank(self, rank: int) -> tuple[list[list[int]], list[int]]:
+        """Return a rank's prompts and their seeds."""
+        mine = [prompt for prompt, owner in enumerate(self.owners) if owner == rank]
+        return [self.prompts[prompt] for prompt in mine], [self.seeds[prompt] for prompt in mine]
+
+
+_SETTINGS = {"n": 3, "max_new_tokens": 12, "batch_size": 4, "stop_tokens": tuple(range(0, VOCABULARY, 9))}
+SHARES = {
+    "two and three": Share([0, 1, 1, 0, 1], _SETTINGS),
+    "one and four": Share([1, 1, 0, 1, 1], _SETTINGS | {"batch_size": 2}),
+    "one rank has none": Share([0, 0, 0, 0, 0], _SETTINGS),
+}
 
 
 def patched(root: Any) -> Any:

@@ -70,7 +70,7 @@ def test_an_installed_engine_writes_for_the_run_and_for_its_users(install, tmp_p
 
 
 def test_an_unknown_engine_is_refused_before_anything_is_loaded(tmp_path):
-    with pytest.raises(PluginError, match="generation.engine: Unknown generator 'ecko'"):
+    with pytest.raises(PluginError, match=r"generation\.engine: Unknown generator 'ecko'"):
         run_with(tmp_path, "ecko").train()
     assert not (tmp_path / "run").exists()
 

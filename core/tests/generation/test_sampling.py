@@ -11,7 +11,10 @@ import torch
 from llmtk import Batch, Group, Sampling, Sequence
 from llmtk.generation import generate
 from llmtk.generation.sampling import choose
+from llmtk.scoring import choose as choose_way
 from llmtk.scoring.padded import score
+
+from .kit import told
 
 PROMPTS = [[40, 50, 60], [70], [80, 81, 82, 83, 84, 85, 86], [90, 91], [70, 71, 72, 73]]
 
@@ -69,6 +72,28 @@ def test_a_draw_does_not_depend_on_the_batch_around_it(either, batch_size):
     other = generate(either, PROMPTS, Sampling(batch_size=batch_size, **sampling))
     assert [[a.tokens for a in copies] for copies in other] == [[a.tokens for a in copies] for copies in among_others]
     assert generate(either, PROMPTS[:1], Sampling(**sampling))[0][2].tokens == among_others[0][2].tokens
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_with_seeds_a_prompts_completions_depend_on_it_and_its_seed_alone(either, packed):
+    """Not on the prompts beside it, their order or number, nor on how many copies there are, nor on batch_size."""
+    choose_way(either, lambda reason: [reason])
+    settings = {"max_new_tokens": 12, "top_p": 0.95, "seed": 1}
+    seeds = [11, 12, 13, 14, 15]
+    everyone = told(generate(either, PROMPTS, Sampling(n=4, **settings), seeds, packed=packed))
+    for prompts, n, batch_size in (([2], 4, 64), ([4, 0], 2, 3), ([3, 2, 1], 6, 1), ([1, 1], 1, 2)):
+        sampling = Sampling(n=n, batch_size=batch_size, **(settings | {"seed": n}))
+        found = generate(either, [PROMPTS[i] for i in prompts], sampling, [seeds[i] for i in prompts], packed=packed)
+        for index, copies in zip(prompts, told(found), strict=True):
+            assert copies[:4] == everyone[index][:n]
+    other = told(generate(either, PROMPTS[:1], Sampling(n=4, **settings), [99], packed=packed))
+    assert other[0] != everyone[0]
+
+
+def test_seeds_are_one_for_each_prompt(model):
+    with pytest.raises(ValueError, match="1 seeds for 5 prompts"):
+        generate(model, PROMPTS, Sampling(), [3])
+    assert len(generate(model, PROMPTS[:1], Sampling(max_new_tokens=3), [-5])[0][0].tokens) == 3
 
 
 def test_copies_and_seeds_differ_and_a_seed_repeats(model):
