@@ -16,7 +16,7 @@ import torch
 from llmtk.generation.completions import Completion, Segment
 from llmtk.generation.jobs import Jobs, Together
 from llmtk.generation.sampling import Decode, Sampling, Stopping
-from llmtk.training.evaluation import eval_mode
+from llmtk.scoring.proof import evaluating
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,7 +61,7 @@ def generate(
     from llmtk.generation import plain
 
     jobs = Jobs(prompts, sampling, Stopping(sampling, decode), _positions(model), seeds, version, together)
-    with eval_mode(model):
+    with evaluating(model):
         done = packed_way.Writer(model, jobs).write() if packed else plain.write(model, jobs)
     n = sampling.n
     return [[done[index * n + copy] for copy in range(n)] for index in range(len(prompts))]
