@@ -10,6 +10,8 @@ from torch import Tensor
 
 EPSILON = 1e-4
 """Added to a standard deviation before dividing by it."""
+ROUNDING = 1e-6
+"""Rewards that differ by less than this, times their size where that is over 1, are equal: in float32, too."""
 
 
 def group_mean(values: Tensor, group: Tensor, groups: int) -> Tensor:
@@ -25,6 +27,14 @@ def group_std(values: Tensor, group: Tensor, groups: int) -> Tensor:
     return (values.new_zeros(groups).index_add(0, group, deviations.square()) / below).sqrt()
 
 
+def is_flat(rewards: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Return which groups (groups,) have equal rewards (n,) alone, so that none is better than another; or none."""
+    highest = rewards.new_full((groups,), -torch.inf).scatter_reduce(0, group, rewards, "amax")
+    lowest = rewards.new_full((groups,), torch.inf).scatter_reduce(0, group, rewards, "amin")
+    size = rewards.new_ones(groups).scatter_reduce(0, group, rewards.abs(), "amax")
+    return highest - lowest <= ROUNDING * size
+
+
 def relative_to_group(rewards: Tensor, group: Tensor, groups: int, std: Tensor | float | None) -> Tensor:
     """Return rewards (n,) less their group's mean, divided by `std` where it is given.
 
@@ -32,8 +42,7 @@ def relative_to_group(rewards: Tensor, group: Tensor, groups: int, std: Tensor |
     """
     advantages = rewards - group_mean(rewards, group, groups)[group]
     # Of equal rewards the mean may be off by its rounding, which a standard deviation of 0 would blow up.
-    spread = group_std(rewards, group, groups)[group]
-    advantages = torch.where(spread > 1e-9 * rewards.abs().clamp(min=1), advantages, torch.zeros_like(advantages))
+    advantages = advantages.masked_fill(is_flat(rewards, group, groups)[group], 0.0)
     if std is None:
         return advantages
     return advantages / ((std[group] if isinstance(std, Tensor) else std) + EPSILON)
@@ -46,7 +55,7 @@ def leave_one_out(rewards: Tensor, group: Tensor, groups: int) -> Tensor:
     """
     counts = torch.bincount(group, minlength=groups)[group]
     advantages = relative_to_group(rewards, group, groups, None)
-    return advantages * (counts / (counts - 1).clamp(min=1))
+    return advantages * counts / (counts - 1).clamp(min=1)
 
 
 def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float) -> Tensor:

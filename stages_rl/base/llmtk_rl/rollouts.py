@@ -21,6 +21,7 @@ from llmtk import Sequence as Tokens
 from llmtk.contract import Row
 from llmtk.generation import Segment
 from llmtk.training.randomness import derive
+from llmtk_rl.advantages import is_flat
 from llmtk_rl.rewards import Rewards, Sample
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Rollout:
     @property
     def is_flat(self) -> bool:
         """Whether all completions have the same reward, so that none is better than another."""
-        return bool((self.reward == self.reward[:1]).all())
+        return bool(is_flat(self.reward, torch.zeros(len(self.reward), dtype=torch.int64), 1))
 
 
 class Writer:
