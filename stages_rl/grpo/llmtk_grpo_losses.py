@@ -79,7 +79,7 @@ def cispo(policy: Policy, cap: float) -> Tensor:
 
 def sapo(policy: Policy, tau_positive: float, tau_negative: float) -> Tensor:
     """Return each token's loss (targets,): a soft gate in place of a clip, its width by the advantage's sign."""
-    tau = torch.where(policy.advantages > 0, tau_positive, tau_negative)
+    tau = torch.full_like(policy.advantages, tau_negative).masked_fill(policy.advantages > 0, tau_positive)
     return -(4 / tau) * torch.sigmoid(tau * (policy.ratio - 1)) * policy.advantages
 
 
