@@ -2,7 +2,7 @@
 
     python tests/parity/grpo.py
 
-The stage makes its loss as in a run, only that the log-probs are given; TRL's own `_compute_loss` makes its loss, in the
+The stage makes its loss as in a run, only that the log-probs are given; TRL's own `_compute_loss` makes its, in the
 environment that the benchmarks use (.venv-trl, made on the first call; without it the comparison is skipped). Compared,
 to 1e-6: the loss of a window, its gradient by the log-prob of each token, and what both report of it.
 
