@@ -77,15 +77,24 @@ class Rewards:
         specs: One name, or the rewards in their order.
         section: The section of the configuration that they stand in, for errors.
         on_error: What happens to rows for which one fails, where it does not say so itself.
+        may_be_none: None may be given, which is refused with the first row that would need one.
 
     Raises:
         ConfigurationError: None is given, or one cannot be used: it is unknown, its file is missing or fails on import,
             an option is not its own, its model is none.
     """
 
-    def __init__(self, specs: Sequence[RewardSpec] | str, *, section: str, on_error: OnError = "stop") -> None:
+    def __init__(
+        self,
+        specs: Sequence[RewardSpec] | str,
+        *,
+        section: str,
+        on_error: OnError = "stop",
+        may_be_none: bool = False,
+    ) -> None:
         given = [specs] if isinstance(specs, str) else list(specs)
-        if not given:
+        self._section = section
+        if not given and not may_be_none:
             raise ConfigurationError(_none_given(section))
         self.left_out: list[str] = []
         """Of the last call, why rows were left out."""
@@ -114,7 +123,12 @@ class Rewards:
         return torch.tensor(found, dtype=torch.float64).T
 
     def check_columns(self, columns: Collection[str], place: str) -> None:
-        """Check that a row has what the rewards need. DatasetError names the column and the row."""
+        """Check that a row has what the rewards need. DatasetError names the column and the row.
+
+        ConfigurationError where there is no reward at all.
+        """
+        if not self._rewards:
+            raise ConfigurationError(_none_given(self._section))
         for reward, needs in zip(self._rewards, self._needs, strict=True):
             if lacking := [name for name in needs if name not in columns]:
                 there = f"It has {', '.join(columns)}" if columns else "It has none but the prompt"

@@ -19,9 +19,9 @@ from torch import Tensor
 from llmtk import Batch, Completion, Group, LlmtkError, Mean, RunView, TrainingError
 from llmtk import Sequence as Tokens
 from llmtk.contract import Row
-from llmtk.generation import Segment
 from llmtk.training.randomness import derive
 from llmtk_rl.advantages import is_flat
+from llmtk_rl.offline import brings_rewards, brought_completions, is_offline
 from llmtk_rl.rewards import Rewards, Sample
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ class Rollout:
     completions: list[Completion]
     texts: list[str]
     rewards: Tensor
-    """(completions, functions), float64; NaN where the row was left out."""
+    """(completions, functions), float64; (completions, 0) where its row brought the reward."""
     reward: Tensor
-    """(completions,), float64: the weighted sum."""
+    """(completions,), float64: the weighted sum, or what the row brought."""
     offline: bool = False
     """Whether its row brought the completions."""
 
@@ -64,7 +64,11 @@ class Writer:
         columns = [json.loads(row["columns"]) for row in rows]
         asked = [index for index, given in enumerate(columns) if not is_offline(given)]
         written = dict(zip(asked, self._write([rows[i] for i in asked], [keys[i] for i in asked]), strict=True))
-        brought = {i: offline_completions(self.run, columns[i]) for i in range(len(rows)) if i not in written}
+        brought = {
+            index: brought_completions(self.run, json.loads(row["prompt"]), columns[index])
+            for index, row in enumerate(rows)
+            if index not in written
+        }
         completions = [written.get(i) or brought[i] for i in range(len(rows))]
         texts = [
             [self.run.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in answers] for answers in completions
@@ -73,9 +77,10 @@ class Writer:
         weights = torch.tensor(self.rewards.weights, dtype=torch.float64)
         rollouts = []
         for index, row in enumerate(rows):
-            given = columns[index].get("rewards")
-            found = rewards[index] if given is None else torch.tensor(given, dtype=torch.float64)[:, None]
-            total = found @ weights if given is None else found[:, 0]
+            found, total = rewards[index], rewards[index] @ weights
+            if brings_rewards(columns[index]):
+                total = torch.tensor(columns[index]["rewards"], dtype=torch.float64)
+                found = total.new_zeros(len(total), 0)
             kept = [n for n, value in enumerate(total.tolist()) if not math.isnan(value)]
             self.left_out += len(total) - len(kept)
             rollouts.append(
@@ -127,7 +132,7 @@ class Writer:
         texts: Sequence[Sequence[str]],
     ) -> list[Tensor]:
         """Return each row's rewards (completions, functions); of one that brings its own, none are asked for."""
-        counts = [0 if "rewards" in columns[i] else len(completions[i]) for i in range(len(rows))]
+        counts = [0 if brings_rewards(columns[i]) else len(completions[i]) for i in range(len(rows))]
         samples = [
             Sample(
                 prompt=json.loads(row["prompt"]),
@@ -162,31 +167,12 @@ class Writer:
         return found
 
 
-def is_offline(columns: Mapping[str, Any]) -> bool:
-    """Whether a row brings its own completions."""
-    return "completions" in columns or "completion_ids" in columns
-
-
-def offline_completions(run: RunView, columns: Mapping[str, Any]) -> list[Completion]:
-    """Return the completions that a row brings: as token ids, or as texts, which get the stop token behind them."""
-    stop = run.sampling().stop_tokens[-1:]
-    ids = columns.get("completion_ids") or [
-        [*run.tokenizer(text, add_special_tokens=False)["input_ids"], *stop] for text in columns["completions"]
-    ]
-    logps = columns.get("old_logps") or [[] for _ in ids]
-    stops = set(run.sampling().stop_tokens)
-    return [
-        Completion((Segment(list(tokens), list(known)),), "stop" if tokens[-1] in stops else "length")
-        for tokens, known in zip(ids, logps, strict=True)
-    ]
-
-
 def batch_of(rollouts: Sequence[Rollout], options: ReinforcementOptions) -> Batch:
     """Lay rollouts out: a group a prompt, which is its completions' shared prefix.
 
     Weights: `sequences` and `tokens` that count in the loss, and `room`, the tokens that the sequences might have had.
-    Columns: per sequence `rewards` and `truncated`; per target `sampled_logps`, those of the sampling policy, NaN where
-    they are not known.
+    Columns: per sequence `rewards` and `truncated`; per target `sampled_logps`, those of this policy as it sampled, and
+    `brought_logps`, those of whatever policy wrote what rows brought. Where one is not known, it is NaN.
     """
     return Batch.collate([_group(rollout, options) for rollout in rollouts])
 
@@ -206,12 +192,15 @@ def _group(rollout: Rollout, options: ReinforcementOptions) -> Group:
         "tokens": sum(sum(sequence.targets) for sequence in sequences),
         "room": counted * options.max_completion_length,
     }
+    known_logps = torch.tensor(logps, dtype=torch.float32)
+    unknown = torch.full_like(known_logps, math.nan)
+    sampled, brought = (unknown, known_logps) if rollout.offline else (known_logps, unknown)
     return Group(
         sequences,
         weights,
         [rollout.row["prompt_ids"]],
         per_sequence={"rewards": rollout.reward.float(), "truncated": truncated},
-        per_target={"sampled_logps": torch.tensor(logps, dtype=torch.float32)},
+        per_target={"sampled_logps": sampled, "brought_logps": brought},
         place=rollout.row["place"],
     )
 

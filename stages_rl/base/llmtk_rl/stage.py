@@ -6,7 +6,6 @@ A stage says how advantages follow from rewards (`with_advantages`) and what the
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ from llmtk.data import Prompt
 from llmtk.data import Row as DataRow
 from llmtk.scoring import Scores
 from llmtk.training.randomness import derive
+from llmtk_rl.offline import brings_rewards, check_offline, is_offline
 from llmtk_rl.rewards import RewardOptions, Rewards, changed_files
 from llmtk_rl.rollouts import Rollout, Writer, batch_of, rollout_metrics
 
@@ -83,10 +83,10 @@ class ReinforcementStage(Stage):
 
     @property
     def rewards(self) -> Rewards:
-        """The rewards, loaded when they are first asked for."""
+        """The rewards, loaded when they are first asked for; none where every row brings its own."""
         if self._rewards is None:
             o = self.options
-            self._rewards = Rewards(o.rewards, section=self.section, on_error=o.on_reward_error)
+            self._rewards = Rewards(o.rewards, section=self.section, on_error=o.on_reward_error, may_be_none=True)
         return self._rewards
 
     # Hooks
@@ -104,8 +104,9 @@ class ReinforcementStage(Stage):
         self._check_mini_batches(run)
         for row in rows:
             assert isinstance(row, Prompt)
-            _check_offline(row)
-            if "rewards" not in row.columns:
+            if is_offline(row.columns):
+                check_offline(run, row, self.options.max_completion_length)
+            if not brings_rewards(row.columns):
                 self.rewards.check_columns(row.columns, row.place)
         encoded: Any = super().encode_rows(run, rows)
         room = run.max_length - self.options.max_completion_length
@@ -128,6 +129,7 @@ class ReinforcementStage(Stage):
         metrics = rollout_metrics(run, rollouts, self.rewards)
         metrics["completions/left_out"] = Mean(write.left_out, write.left_out + sum(len(r.texts) for r in rollouts))
         if training:
+            self._tell_of_stops(run, rollouts)
             run.log_samples(self._samples(rollouts), steps=self.windows_per_round)
             rollouts = self.choose(run, rollouts, write)
         rollouts = [rollout for rollout in rollouts if rollout.completions]
@@ -142,7 +144,10 @@ class ReinforcementStage(Stage):
         """Tell what completions are rewarded for."""
         named = zip(self.rewards.names, self.rewards.weights, strict=True)
         told = ", ".join(name if weight == 1 else f"{weight:g} x {name}" for name, weight in named)
-        return {"rewards": told, **{f"sha256 of {path}": digest for path, digest in self.rewards.files().items()}}
+        return {
+            "rewards": told or "of the rows",
+            **{f"sha256 of {path}": digest for path, digest in self.rewards.files().items()},
+        }
 
     @hookimpl
     def extra_checkpoint_state(self, run: RunView) -> Mapping[str, Any]:
@@ -191,16 +196,18 @@ class ReinforcementStage(Stage):
             )
 
     def _scored(self, run: RunView, batch: Batch, metrics: dict[str, Mean]) -> Batch:
-        """Add log-probs of the policy as it is now and of the reference, where the loss will need them."""
-        temperature, targets = self.options.temperature, batch.per_target.get("sampled_logps", torch.zeros(0))
-        columns: dict[str, Tensor] = {}
-        if self.needs_old_logps:
+        """Add log-probs of the policy as it is now and of the reference, where the loss will need them.
+
+        `old_logps` of completions that were brought are those of who wrote them, where these were brought too.
+        """
+        temperature, columns = self.options.temperature, dict[str, Tensor]()
+        sampled, brought = (batch.per_target.get(name, torch.zeros(0)) for name in ("sampled_logps", "brought_logps"))
+        if any(run.gather(bool((~brought.isnan()).any()))) or self.needs_old_logps:
             old = run.score_window(batch, temperature=temperature).logps.cpu()
-            known = ~targets.isnan()
             if self.is_whole:
-                far = (old - targets)[known].abs()
+                far = (old - sampled).abs().nan_to_num()
                 metrics["sampling/logp_difference_max"] = Mean.largest(far.max() if len(far) else 0.0)
-            columns["old_logps"] = old
+            columns["old_logps"] = torch.where(brought.isnan(), old, brought)
         if self.reference != "none":
             columns["reference_logps"] = run.score_window(batch, model="reference", temperature=temperature).logps.cpu()
         return batch.with_columns(per_target=columns)
@@ -233,6 +240,20 @@ class ReinforcementStage(Stage):
             ]
         return windows
 
+    def _tell_of_stops(self, run: RunView, rollouts: Sequence[Rollout]) -> None:
+        """Say which stop strings are in no completion of the first round: they may be misspelt."""
+        if run.step or not self.options.stop:
+            return
+        answers = [run.tokenizer.decode(c.tokens) for r in rollouts if not r.offline for c in r.completions]
+        found = {stop: sum(stop in answer for answer in answers) for stop in self.options.stop}
+        everywhere = run.sum_over_ranks({**found, "": len(answers)})
+        count = int(everywhere[""])
+        for stop in [stop for stop in self.options.stop if count and not everywhere[stop]]:
+            run.notify(
+                f"The stop string {stop!r} ({self.section}.stop) is in none of the first round's {count} completions: "
+                "they end at the stop token or at max_completion_length"
+            )
+
     def _samples(self, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
         """Return a few completions for a person to read: the first of the first prompts."""
         shown = []
@@ -258,19 +279,3 @@ def policy_metrics(stage: ReinforcementStage, batch: Batch, scores: Scores, old_
 
 def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
-
-
-def _check_offline(row: Prompt) -> None:
-    """Check what a row brings instead of being answered: `completions` or `completion_ids`, `rewards`, `old_logps`."""
-    brought = {name: row.columns[name] for name in ("completions", "completion_ids") if name in row.columns}
-    lists = brought | {name: row.columns[name] for name in ("rewards", "old_logps") if name in row.columns}
-    if not brought:
-        return
-    for name, values in lists.items():
-        if not isinstance(values, list) or not values:
-            raise DatasetError(f"{row.place}: {name} must be a list with one entry for each completion")
-    if len({len(values) for values in lists.values()}) > 1:
-        counts = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
-        raise DatasetError(f"{row.place}: one of each is needed for every completion, and there are {counts}")
-    if any(not isinstance(value, int | float) or not math.isfinite(value) for value in lists.get("rewards", [])):
-        raise DatasetError(f"{row.place}: rewards must be finite numbers")
