@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoMod
 
 from llmtk import Batch, Group, Sequence
 from llmtk.errors import ModelLoadError, PluginError
-from llmtk.scoring import Scorer, choose, values
+from llmtk.scoring import Scorer, choose, value_head, values
 from llmtk.scoring.proof import VALUES, why_not_packed
 
 from .kit import PACKED, TINY, Source, adapted, alone, assert_near, build, enlarge, gradients, shared, weigh
@@ -156,3 +156,95 @@ def test_what_was_measured_can_be_had():
     assert list(measured) == [
         f"{what} of {of}" for of in ("a tiny twin of it", "the model") for what in ("values", "gradients")
     ]
+
+
+# A language model with a value head beside its own
+
+
+def actor_critic(kind, tuning="full"):
+    """Make a language model with a value head that is not 0."""
+    root = build(kind) if tuning == "full" else adapted(build(kind))
+    value_head.add_head(root)
+    head = value_head.head_of(value_head.find(root))
+    assert not head.weight.any()
+    assert not head.bias.any()
+    torch.nn.init.normal_(head.weight, std=0.1, generator=torch.Generator().manual_seed(2))
+    torch.nn.init.constant_(head.bias, 0.3)
+    return root.eval()
+
+
+def both(scorer, root, batch):
+    """Return log-probs, entropy and values of one call, and gradients of a sum of all."""
+    root.zero_grad(set_to_none=True)
+    scores = scorer.score(root, batch, ["entropy", "values"], 0.7)
+    (weigh(batch) * (scores.logps + scores.values.square() + 0.1 * scores.entropy)).sum().backward()
+    found = {"logps": scores.logps.detach(), "values": scores.values.detach()} | gradients(root)
+    root.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probs_and_values_come_of_one_trunk(kind, tuning):
+    root = actor_critic(kind, tuning)
+    plain = alone_choice(root, "to compare")
+    assert (plain.packed, plain.has_logits, plain.has_values) == (False, True, True)
+    expected = [both(plain, root, batch()) for batch in (alone, shared)]
+    assert any("value_head" in name for name in expected[0])
+    scorer = alone_choice(root)
+    assert scorer == Scorer(True, "", has_logits=True, has_values=True)
+    for batch, wanted in zip((alone, shared), expected, strict=True):
+        assert_near(both(scorer, root, batch()), wanted)
+        torch.testing.assert_close(scorer.values(root, batch()), wanted["values"], rtol=1e-5, atol=1e-5)
+        assert_near(both(plain, root, batch()), wanted, relative=0)
+
+
+def test_a_value_head_is_asked_the_states_that_the_language_head_sees():
+    root = actor_critic("llama")
+    tokens = Source(4).tokens(12)
+    head = root.value_head
+    hidden = root.model(input_ids=tokens[None]).last_hidden_state
+    expected = head(hidden)[0, :-1, 0]
+    batch = Batch.collate([Group([Sequence(tokens, [False] + [True] * 11)], {})])
+    assert alone_choice(root).packed
+    torch.testing.assert_close(alone_choice(root).score(root, batch, ["values"]).values, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_packed_forward_gives_both():
+    root = actor_critic("llama")
+    scorer, forwards = alone_choice(root), []
+    root.model.register_forward_hook(lambda *_: forwards.append(1))
+    scorer.score(root, shared(), ["values"])
+    assert len(forwards) == 1
+
+
+def test_a_value_head_changes_nothing_else(tmp_path):
+    from llmtk.generation import Sampling, generate
+
+    root, alike = actor_critic("llama"), build("llama")
+    rows = torch.stack([Source(4).tokens(12)])
+    assert alone_choice(root).packed
+    assert alone_choice(alike).packed
+    assert torch.equal(root(input_ids=rows).logits, alike(input_ids=rows).logits)
+    prompts, sampling = [[5, 6, 7], [8]], Sampling(n=2, max_new_tokens=6)
+    for packed in (True, False):
+        assert generate(root, prompts, sampling, packed=packed) == generate(alike, prompts, sampling, packed=packed)
+    with value_head.without_head(root):
+        assert root.state_dict().keys() == alike.state_dict().keys()
+    assert root.state_dict().keys() - alike.state_dict().keys() == {"value_head.weight", "value_head.bias"}
+
+
+def test_a_value_head_in_float32_stands_on_a_trunk_in_bfloat16():
+    root = actor_critic("llama").to(torch.bfloat16)
+    root.value_head.float()
+    scorer = alone_choice(root)
+    assert scorer.packed, scorer.why_padded
+    assert scorer.score(root, shared(), ["values"]).values.dtype == torch.float32
+
+
+def test_values_without_a_value_head_are_refused():
+    language = build("llama")
+    with pytest.raises(PluginError, match=r"run\.values needs a model with a head of one value"):
+        alone_choice(language).score(language, alone(), ["values"])
+    with pytest.raises(ModelLoadError, match="can have no value head: it holds 0 causal language models"):
+        value_head.add_head(judge("llama"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llmtk.errors import ConfigurationError
 from llmtk.models.errors import quietly, summary
 from llmtk.models.loading import VALUE_TASK, seeded, trained_in_float32
-from llmtk.scoring import values
+from llmtk.scoring import value_head
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,7 +34,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, seed: int = 0) 
 
     _check_modules_to_save(model, peft_config.modules_to_save)
     options = peft_config.model_dump(exclude={"method"})
-    task = "CAUSAL_LM" if values.find(model) is None else VALUE_TASK
+    task = "CAUSAL_LM" if value_head.find(model) is None else VALUE_TASK
     with seeded(seed), quietly():
         try:
             adapted = get_peft_model(model, LoraConfig(task_type=task, **options))

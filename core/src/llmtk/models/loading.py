@@ -22,8 +22,8 @@ from llmtk.models.checks import (
 )
 from llmtk.models.errors import loading, quietly, without_report
 from llmtk.models.tokenizers import stop_token_ids
-from llmtk.scoring import values
-from llmtk.scoring.values import HEADS
+from llmtk.scoring import value_head
+from llmtk.scoring.value_head import HEADS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -208,7 +208,7 @@ def new_head(model: Any) -> None:
 
     That is arXiv 2009.01325, appendix B.1: behind a last norm, values begin with a variance near 1.
     """
-    head = values.head_of(model)
+    head = value_head.head_of(model)
     if head is None:
         raise ModelLoadError(f"{type(model).__name__} has no head of one value that is known here")
     for parameter in head.parameters():
@@ -254,9 +254,9 @@ def head_of_adapter(folder: Path) -> Head:
 
 def trained_in_float32(model: nn.Module) -> None:
     """Keep a head of one value that is trained beside an adapter in float32, like the adapter."""
-    owner = values.find(model)
+    owner = value_head.find(model)
     if owner is not None:
-        head = values.head_of(owner)
+        head = value_head.head_of(owner)
         assert head is not None
         head.float()
 

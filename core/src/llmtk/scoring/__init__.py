@@ -35,8 +35,11 @@ class Scorer:
     """Whether it has a head of one value a token."""
 
     def score(self, root: Root, batch: Batch, also: Iterable[str] = (), temperature: float = 1.0) -> Scores:
-        """Score every target token of the batch; `root` is the wrapped one. PluginError for a model without logits."""
+        """Score every target token of the batch; `root` is the wrapped one. PluginError for a head that it lacks."""
         self.require_logits("score")
+        also = frozenset(also)
+        if "values" in also:
+            self.require_values()
         scores: Scores = self._way.score(root, batch, also, temperature)
         return scores
 
@@ -64,14 +67,18 @@ class Scorer:
         """
         from llmtk.scoring import values
 
-        if not self.has_values:
-            raise PluginError("run.values needs a model with a head of one value a token, and this one has none")
+        self.require_values()
         return values.packed(root, batch) if self.packed else values.padded(root, batch)
 
     def require_logits(self, what: str) -> None:
         """Raise a PluginError that names who asked, if the model gives values and no logits."""
         if not self.has_logits:
             raise PluginError(f"run.{what} needs a language model, and this one's head gives one value, no logits")
+
+    def require_values(self) -> None:
+        """Raise a PluginError if the model has no head of one value."""
+        if not self.has_values:
+            raise PluginError("run.values needs a model with a head of one value a token, and this one has none")
 
     @property
     def _way(self) -> Any:
@@ -100,12 +107,13 @@ def prepare(root: nn.Module) -> tuple[bool, bool]:
 
     ModelLoadError for a head of one value that does not stand at the last token.
     """
-    from llmtk.scoring import proof, values
+    from llmtk.scoring import proof, value_head, values
 
-    model = values.find(root)
+    model = value_head.find(root)
     if model is None:
         return True, False
     with proof.evaluating(model):
         values.patch(model)
-        values.check(model)
-    return values.has_language_head(root), True
+        if model.get_output_embeddings() is None:
+            values.check(model)
+    return value_head.has_language_head(root), True

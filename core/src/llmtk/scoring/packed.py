@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmtk.scoring import attention, router
+from llmtk.scoring import attention, router, value_head
 from llmtk.scoring.head import TILE_ELEMENTS, HeadScores, HeadShape, head_scores, shaped
 from llmtk.scoring.layout import Layout
 from llmtk.scoring.scores import ALSO, Scores, checked
@@ -41,11 +41,13 @@ class CannotPack(Exception):
 class Task:
     """What the patched causal model is asked of a packed row: `of(hidden, head, shape)` at its target positions.
 
-    `hidden` (targets, width) are the states that predict the targets.
+    `hidden` (targets, width) are the states that predict the targets. With `values`, the head of one value that stands
+    beside the model's own is asked too, of the same states.
     """
 
     layout: PackedRow
     of: Callable[[Tensor, Any, HeadShape], dict[str, Tensor]]
+    values: bool = False
 
 
 def score(root: Callable[..., Any], batch: Batch, also: Iterable[str] = (), temperature: float = 1.0) -> Scores:
@@ -55,7 +57,7 @@ def score(root: Callable[..., Any], batch: Batch, also: Iterable[str] = (), temp
     def of(hidden: Tensor, head: Any, shape: HeadShape) -> dict[str, Tensor]:
         return _named(head_scores(hidden, head, targets, replace(shape, temperature=temperature), wanted))
 
-    found = _ask(root, batch, of)
+    found = _ask(root, batch, of, "values" in wanted)
     return Scores(batch, **{name: found[name] for name in ("logps", *ALSO) if name in found})
 
 
@@ -75,10 +77,10 @@ def map_logits(root: Callable[..., Any], batch: Batch, fn: Callable[..., Tensor]
     return mapped
 
 
-def _ask(root: Callable[..., Any], batch: Batch, of: Any) -> Any:
+def _ask(root: Callable[..., Any], batch: Batch, of: Any, with_values: bool = False) -> Any:
     layout = Layout.of(batch)
     # The ids go by their own name, because wrappers look at them.
-    return root(input_ids=layout.ids, **{TASK: Task(layout, of)})
+    return root(input_ids=layout.ids, **{TASK: Task(layout, of, with_values)})
 
 
 def patch(root: nn.Module) -> None:
@@ -101,12 +103,15 @@ def patch(root: nn.Module) -> None:
 
     @wraps(plain)  # generation looks at the signature, and gives no positions to a forward that does not name them
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        task: Task | None = kwargs.pop(TASK, None)
-        if task is None:
+        task = kwargs.get(TASK)
+        if not isinstance(task, Task):  # there is none, or it is for the head of one value
             return plain(self, *args, **kwargs)
         hidden, router_loss = _trunk(self, task.layout, routed)
+        states = hidden[0].index_select(0, task.layout.predictors)
         # The head is called as a module, so that FSDP gathers its weight.
-        found = self.get_output_embeddings()(hidden[0].index_select(0, task.layout.predictors), task=task)
+        found = self.get_output_embeddings()(states, task=task)
+        if task.values:
+            found["values"] = value_head.of_states(self, states)
         return found if router_loss is None else {**found, router.NAME: router_loss}
 
     head.__dict__["forward"] = MethodType(forward_head, head)

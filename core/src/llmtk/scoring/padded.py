@@ -42,6 +42,10 @@ def score(root: Forward, batch: Batch, also: Iterable[str] = (), temperature: fl
         logps = -F.cross_entropy(logits, targets, reduction="none")
     if "top1" in wanted:
         extras["top1"] = logits.detach().argmax(-1) == targets
+    if "values" in wanted:
+        from llmtk.scoring import values
+
+        extras["values"] = values.padded(root, batch)
     return Scores(batch, logps, **extras)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmtk.batch import Batch, Group, Sequence
 from llmtk.models.loading import seeded
-from llmtk.scoring import packed, padded, router, values
+from llmtk.scoring import packed, padded, router, value_head, values
 from llmtk.scoring.packed import CannotPack
 
 SMALL = 8
@@ -64,7 +64,7 @@ LOGPS = Ways(
 )
 VALUES = Ways(
     what="values",
-    model=values.find,
+    model=value_head.find,
     prepare=values.patch,
     patch=values.select,
     packed=values.packed,
@@ -110,6 +110,8 @@ def _twin(causal: Any) -> Any:
         config = _shrunk(causal.config)
         with seeded(0):
             twin = type(causal)(config).float().eval()
+            if hasattr(causal, value_head.ADDED):
+                value_head.add_head(twin)
             for parameter in twin.parameters():
                 # As drawn, weights are so small that attention hardly shows in the result.
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.1)

@@ -20,6 +20,7 @@ from llmtk.errors import ModelLoadError
 from llmtk.scoring.layout import Layout
 from llmtk.scoring.packed import TASK, CannotPack, _function, _select, _trunk
 from llmtk.scoring.padded import padded_rows
+from llmtk.scoring.value_head import find, of_states
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
     from llmtk.batch import Batch
 
-HEADS = ("score", "classifier")
-"""What transformers calls the head of its classification models."""
 TOLERANCE = {torch.float32: 1e-3}
 ROUGH = 5e-2
 """Greatest distance of values from those of the model's own forward, relative to their norm; by the weights' dtype."""
@@ -64,55 +63,21 @@ def padded(root: Callable[..., Any], batch: Batch) -> Tensor:
     return values
 
 
-def head_of(model: Any) -> nn.Module | None:
-    """Return the head of one label that a model has, perhaps trained beside an adapter; None where it has none."""
-    for name in HEADS:
-        head = getattr(model, name, None)
-        plain = getattr(head, "original_module", head)
-        if isinstance(head, nn.Module) and isinstance(plain, nn.Linear) and plain.out_features == 1:
-            return head
-    return None
-
-
-def find(root: nn.Module) -> Any | None:
-    """Return the innermost model of a root that has a trunk and a head of one label, or None.
-
-    PluginError where there are several: which one is meant cannot be told.
-    """
-    from transformers import PreTrainedModel
-
-    found = [
-        module
-        for module in root.modules()
-        if isinstance(module, PreTrainedModel) and module.base_model is not module and head_of(module) is not None
-    ]
-    if len(found) > 1:
-        raise ModelLoadError(f"the root holds {len(found)} models with a head of one value; one is what values come of")
-    return found[0] if found else None
-
-
-def has_language_head(root: nn.Module) -> bool:
-    """Say whether anything in a root gives logits over a vocabulary."""
-    from transformers import PreTrainedModel
-
-    return any(isinstance(m, PreTrainedModel) and m.get_output_embeddings() is not None for m in root.modules())
-
-
 def patch(model: Any) -> None:
     """Teach a model with a head of one label to give values. CannotPack where its forward is not one to patch."""
     plain = _function(model)
 
     @wraps(plain)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        task: ValueTask | None = kwargs.pop(TASK, None)
-        if task is None:
+        task = kwargs.get(TASK)
+        if not isinstance(task, ValueTask):
             return plain(self, *args, **kwargs)
         if task.layout is not None:
             hidden, _ = _trunk(self, task.layout, routed=False)
         else:
             ids = kwargs.get("input_ids", args[0] if args else None)
             hidden = self.base_model(input_ids=ids, attention_mask=task.mask, use_cache=False).last_hidden_state
-        return _values(self, hidden.flatten(0, 1).index_select(0, task.predictors))
+        return of_states(self, hidden.flatten(0, 1).index_select(0, task.predictors))
 
     model.forward = MethodType(forward, model)
 
@@ -123,7 +88,7 @@ def select(root: nn.Module) -> None:
 
 
 def check(model: Any) -> None:
-    """Check that a model's own forward gives the value of a row's last token. ModelLoadError where it does not."""
+    """Check that a classifier's own forward gives the value of a row's last token. ModelLoadError where it does not."""
     text = model.config.get_text_config()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -143,21 +108,6 @@ def check(model: Any) -> None:
             f"{type(model).__name__} does not read its label off a row's last token ({found.tolist()} there, "
             f"{own.tolist()} by its own forward), so that it gives no values. Take a causal model"
         )
-
-
-def _values(model: Any, hidden: Tensor) -> Tensor:
-    """Return the head's answer (targets,) in float32 to hidden states (targets, width).
-
-    In the head's own dtype, autocast aside: 8 bits are too few to tell good from better.
-    """
-    head = head_of(model)
-    assert head is not None
-    dropout = getattr(model, "dropout", None)
-    if isinstance(dropout, nn.Module):
-        hidden = dropout(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
-        values: Tensor = head(hidden.to(next(head.parameters()).dtype))
-    return values.squeeze(-1).float()
 
 
 def _found(root: nn.Module) -> Any:
