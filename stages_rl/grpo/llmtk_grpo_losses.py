@@ -17,19 +17,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from llmtk_rl.losses import Clipping, clipped
 from torch import Tensor
 
 if TYPE_CHECKING:
     from llmtk import Batch
-
-
-@dataclass(frozen=True)
-class Clipping:
-    """How far a ratio counts: between 1 - `low` and 1 + `high`, and never over `delta`, where it is given."""
-
-    low: float
-    high: float
-    delta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,14 +44,6 @@ class Policy:
         lengths = self.batch.target_counts.clamp(min=1)
         mean = self.batch.sum_by_sequence(self.logps - self.old_logps) / lengths
         return mean.exp()[self.batch.target_sequence]
-
-
-def clipped(ratio: Tensor, advantages: Tensor, clipping: Clipping) -> Tensor:
-    """Return the clipped surrogate's loss, of any shape, advantages included."""
-    within = ratio.clamp(1 - clipping.low, 1 + clipping.high)
-    if clipping.delta is not None:
-        ratio = ratio.clamp(max=clipping.delta)
-    return -torch.minimum(ratio * advantages, within * advantages)
 
 
 def of_tokens(policy: Policy, clipping: Clipping) -> Tensor:

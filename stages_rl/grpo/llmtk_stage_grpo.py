@@ -17,15 +17,15 @@ are one; completions that `mask_truncated_completions` takes out count nowhere i
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from llmtk_grpo_losses import PER, Clipping, Policy, cispo, of_sequences, of_tokens, sapo
+from llmtk_grpo_losses import PER, Policy, cispo, of_sequences, of_tokens, sapo
 from llmtk_rl.advantages import group_std, k3, relative_to_group
 from llmtk_rl.demo import reinforcement_demo
-from llmtk_rl.rollouts import Rollout, Writer
-from llmtk_rl.stage import ReinforcementOptions, ReinforcementStage, policy_metrics
+from llmtk_rl.losses import Clipping, clip_ratios
+from llmtk_rl.rollouts import Rollout, Writer, mean_and_std
+from llmtk_rl.stage import BetaOptions, ReinforcementStage, policy_metrics
 from pydantic import Field
 from torch import Tensor
 
@@ -53,7 +53,7 @@ class GroupRelativePolicyOptimization(ReinforcementStage):
     section = "grpo"
     defaults = {"train": {"learning_rate": 1e-6}}
 
-    class Options(ReinforcementOptions):
+    class Options(BetaOptions):
         """Which loss, how groups are judged, and how far the policy may go."""
 
         loss: Loss = "dapo"
@@ -111,7 +111,7 @@ class GroupRelativePolicyOptimization(ReinforcementStage):
         if self.options.scale_rewards == "group":
             std = group_std(rewards, group, groups)
         elif self.options.scale_rewards == "batch":
-            std = _std_over_ranks(run, rewards)
+            std = mean_and_std(run, rewards)[1]
         advantages = relative_to_group(rewards, group, groups, std)
         metrics["advantages/mean"] = Mean(advantages.sum(), len(advantages))
         metrics["advantages/abs"] = Mean(advantages.abs().sum(), len(advantages))
@@ -162,20 +162,9 @@ class GroupRelativePolicyOptimization(ReinforcementStage):
 
     def _clip_metrics(self, policy: Policy) -> dict[str, Mean]:
         """Return the share of tokens whose gradient a limit takes away: below, above, and either."""
-        o, up = self.options, policy.advantages > 0
-        ratio = (policy.sequence_ratio if o.loss in ("gspo", "luspo") else policy.ratio).detach()
-        count = len(ratio)
-        if o.loss == "cispo":
-            return {"clip_ratio/high_mean": Mean(((ratio > self._cap) & up).sum(), count)}
-        low = (ratio < 1 - self._clipping.low) & (policy.advantages < 0)
-        high = (ratio > 1 + self._clipping.high) & up
-        shares = {"low_mean": low, "high_mean": high, "region_mean": low | high}
-        return {f"clip_ratio/{name}": Mean(share.sum(), count) for name, share in shares.items()}
-
-
-def _std_over_ranks(run: RunView, rewards: Tensor) -> float:
-    """Return the standard deviation of all ranks' rewards, with n - 1 below."""
-    total: Any = run.sum_over_ranks({"sum": float(rewards.double().sum()), "count": len(rewards)})
-    mean = total["sum"] / max(total["count"], 1)
-    squares = run.sum_over_ranks({"squares": float((rewards.double() - mean).square().sum())})["squares"]
-    return math.sqrt(squares / max(total["count"] - 1, 1))
+        loss = self.options.loss
+        ratio = (policy.sequence_ratio if loss in ("gspo", "luspo") else policy.ratio).detach()
+        if loss == "cispo":
+            high = (ratio > self._cap) & (policy.advantages > 0)
+            return {"clip_ratio/high_mean": Mean(high.sum(), len(ratio))}
+        return clip_ratios(ratio, policy.advantages, self._clipping)

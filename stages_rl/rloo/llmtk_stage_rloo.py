@@ -21,7 +21,8 @@ from typing import Literal
 import torch
 from llmtk_rl.advantages import group_std, k1, k3, leave_one_out
 from llmtk_rl.demo import reinforcement_demo
-from llmtk_rl.stage import ReinforcementOptions, ReinforcementStage, policy_metrics
+from llmtk_rl.losses import Clipping, clipped
+from llmtk_rl.stage import BetaOptions, ReinforcementStage, policy_metrics
 from pydantic import Field
 
 from llmtk import Batch, ConfigurationError, Demo, LossOutput, Mean, RunView, Term
@@ -36,7 +37,7 @@ class ReinforceLeaveOneOut(ReinforcementStage):
     section = "rloo"
     defaults = {"train": {"learning_rate": 1e-6}}
 
-    class Options(ReinforcementOptions):
+    class Options(BetaOptions):
         """How the policy is held to the reference, and how far it may go."""
 
         beta: float = Field(0.05, ge=0)
@@ -83,8 +84,7 @@ class ReinforceLeaveOneOut(ReinforcementStage):
         old = batch.per_target.get("old_logps", scores.logps.detach())
         advantages = batch.per_sequence["advantages"]
         ratio = batch.sum_by_sequence(scores.logps - old).exp()
-        clipped = ratio.clamp(1 - o.epsilon, 1 + o.epsilon)
-        surrogate = -torch.minimum(ratio * advantages, clipped * advantages)
+        surrogate = clipped(ratio, advantages, Clipping(o.epsilon, o.epsilon))
         # An answer that is masked has no tokens left, and its ratio is 1, without a gradient; it counts nowhere.
         counts = batch.target_counts > 0
         terms = {"policy": Term(torch.where(counts, surrogate, 0.0).sum(), per="sequences")}

@@ -216,7 +216,8 @@ def rollout_metrics(run: RunView, rollouts: Sequence[Rollout], rewards: Rewards)
     own = [rollout.rewards for rollout in rollouts if rollout.rewards.shape[1] == len(rewards.names)]
     for index, name in enumerate(rewards.names):
         values = torch.cat([torch.zeros(0, dtype=torch.float64), *(found[:, index] for found in own)])
-        metrics |= _mean_and_std(run, f"rewards/{name}", values)
+        metrics[f"rewards/{name}/mean"] = Mean(values.sum(), len(values))
+        metrics[f"rewards/{name}/std"] = Mean(mean_and_std(run, values)[1], 1)
     answers = [answer for rollout in rollouts for answer in rollout.completions]
     lengths = torch.tensor([len(answer.tokens) for answer in answers], dtype=torch.float64)
     ended = torch.tensor([answer.stopped == "stop" for answer in answers], dtype=torch.bool)
@@ -227,9 +228,13 @@ def rollout_metrics(run: RunView, rollouts: Sequence[Rollout], rewards: Rewards)
     return metrics
 
 
-def _mean_and_std(run: RunView, name: str, values: Tensor) -> dict[str, Mean]:
+def mean_and_std(run: RunView, values: Tensor) -> tuple[float, float]:
+    """Return the mean and the standard deviation (n - 1 below) of all ranks' values (n,); 0 where there are too few.
+
+    All ranks must call it together.
+    """
+    values = values.double()
     total = run.sum_over_ranks({"sum": float(values.sum()), "count": len(values)})
     mean = total["sum"] / max(total["count"], 1)
     squares = run.sum_over_ranks({"squares": float((values - mean).square().sum())})["squares"]
-    std = math.sqrt(squares / max(total["count"] - 1, 1))
-    return {f"{name}/mean": Mean(values.sum(), len(values)), f"{name}/std": Mean(std, 1)}
+    return mean, math.sqrt(squares / max(total["count"] - 1, 1))

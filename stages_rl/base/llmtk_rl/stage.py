@@ -50,12 +50,26 @@ class ReinforcementOptions(RewardOptions):
     """Passes over a round before the next one is written."""
     mini_batches: int = Field(1, ge=1)
     """Optimizer steps in each pass: the round's prompts are split into as many parts."""
-    beta: float = Field(0.0, ge=0)
-    """How strongly the policy is held to the reference, by their KL. 0: not at all, and there is no reference."""
     mask_truncated_completions: bool = False
     """Take no loss on completions that did not end by themselves. They still count in their group's mean."""
     reward_changed: bool = False
     """Go on from a checkpoint although a reward's file has changed since."""
+
+    @property
+    def kl_weight(self) -> float:
+        """How strongly the policy is held to the reference, whatever option says so. 0: there is no reference."""
+        return 0.0
+
+
+class BetaOptions(ReinforcementOptions):
+    """The same, of a stage whose `beta` is one number for the whole run."""
+
+    beta: float = Field(0.0, ge=0)
+    """How strongly the policy is held to the reference, by their KL. 0: not at all, and there is no reference."""
+
+    @property
+    def kl_weight(self) -> float:
+        return self.beta
 
 
 class ReinforcementStage(Stage):
@@ -65,6 +79,9 @@ class ReinforcementStage(Stage):
     needs = frozenset({"reward", "generation"})
     section: ClassVar[str]
     """The name of its section of the configuration."""
+    old_scores: ClassVar[tuple[str, ...]] = ()
+    """What a round keeps of the policy that wrote it beside its log-probs, as `run.score(also=...)` names it: `values`
+    become the column `old_values`."""
 
     class Options(ReinforcementOptions):
         """What every reinforcement stage can be told."""
@@ -79,7 +96,7 @@ class ReinforcementStage(Stage):
 
     @property
     def reference(self) -> Any:
-        return "frozen" if self.options.beta else "none"
+        return "frozen" if self.options.kl_weight else "none"
 
     @property
     def rewards(self) -> Rewards:
@@ -203,11 +220,13 @@ class ReinforcementStage(Stage):
         temperature, columns = self.options.temperature, dict[str, Tensor]()
         sampled, brought = (batch.per_target.get(name, torch.zeros(0)) for name in ("sampled_logps", "brought_logps"))
         if any(run.gather(bool((~brought.isnan()).any()))) or self.needs_old_logps:
-            old = run.score_window(batch, temperature=temperature).logps.cpu()
+            scores = run.score_window(batch, also=self.old_scores, temperature=temperature)
+            old = scores.logps.cpu()
             if self.is_whole:
                 far = (old - sampled).abs().nan_to_num()
                 metrics["sampling/logp_difference_max"] = Mean.largest(far.max() if len(far) else 0.0)
             columns["old_logps"] = torch.where(brought.isnan(), old, brought)
+            columns |= {f"old_{name}": getattr(scores, name).cpu() for name in self.old_scores}
         if self.reference != "none":
             columns["reference_logps"] = run.score_window(batch, model="reference", temperature=temperature).logps.cpu()
         return batch.with_columns(per_target=columns)
