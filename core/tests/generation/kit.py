@@ -90,14 +90,19 @@ def logps_of(answers: list[list[Completion]]) -> Tensor:
     return torch.tensor([logp for answer in flat(answers) for logp in answer.logps])
 
 
-def rescored(root: Any, prompts: Sequence[Sequence[int]], answers: list[list[Completion]]) -> Tensor:
-    """Return what the plain way of scoring says of the same tokens, in the same order."""
+def batch_of(prompts: Sequence[Sequence[int]], answers: list[list[Completion]]) -> Batch:
+    """Return completions as what is scored: all tokens of them are targets, in their order."""
     groups = [
         Group([Tokens(answer.tokens, [True] * len(answer.tokens), 0) for answer in copies], {}, [prompt])
         for prompt, copies in zip(prompts, answers, strict=True)
     ]
+    return Batch.collate(groups)
+
+
+def rescored(root: Any, prompts: Sequence[Sequence[int]], answers: list[list[Completion]]) -> Tensor:
+    """Return what the plain way of scoring says of the same tokens, in the same order."""
     with torch.no_grad():
-        return padded.score(root, Batch.collate(groups)).logps
+        return padded.score(root, batch_of(prompts, answers)).logps
 
 
 @contextlib.contextmanager

@@ -7,8 +7,23 @@ import torch
 
 from llmtk.generation import Sampling, cache, generate
 from llmtk.generation.cache import Prefill, Step
+from llmtk.scoring import packed, padded
 
-from .kit import PACKED, PROMPTS, VOCABULARY, WINDOW, adapted, build, forwards, logps_of, patched, rescored, told, write
+from .kit import (
+    PACKED,
+    PROMPTS,
+    VOCABULARY,
+    WINDOW,
+    adapted,
+    batch_of,
+    build,
+    forwards,
+    logps_of,
+    patched,
+    rescored,
+    told,
+    write,
+)
 
 TOLERANCE = 2e-5
 """Between log-probs in float32."""
@@ -34,6 +49,26 @@ def test_packed_writes_what_the_plain_way_writes_and_scoring_says_the_same(kind,
     found = generate(patched(root), PROMPTS, settings, packed=True)
     same(found, plain)
     torch.testing.assert_close(logps_of(found), rescored(root, PROMPTS, found), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("way", [padded, packed])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere"])
+def test_log_probs_of_a_whole_distribution_are_those_of_scoring_at_its_temperature(kind, way):
+    root = patched(build(kind))
+    settings = {"n": 2, "temperature": 0.6, "max_new_tokens": 6}
+    assert Sampling(**settings).is_whole
+    found = write(root, **settings)
+    with torch.no_grad():
+        expected = way.score(root, batch_of(PROMPTS, found), temperature=0.6).logps
+    torch.testing.assert_close(logps_of(found), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"repetition_penalty": 1.2}])
+def test_what_is_cut_is_no_whole_distribution(llama, cut):
+    assert not Sampling(**cut).is_whole
+    assert not Sampling(temperature=0).is_whole
+    found = write(llama, max_new_tokens=6, **cut)
+    assert (logps_of(found) - rescored(llama, PROMPTS, found)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("wrong", [{"sliding_window": None}, {"softcap": None}])
