@@ -341,6 +341,13 @@ def test_a_rank_may_run_the_model_alone_without_gradient(answer: Answers) -> Non
         assert answer("a_forward_alone", 2, rank)["steps"] == 2
 
 
+def test_two_ranks_write_what_one_does_whoever_has_which_prompts(answer: Answers) -> None:
+    whole, left, right = (answer("generation", *at)["answers"] for at in ((1,), (2, 0), (2, 1)))
+    assert [len(share) for share in whole] == [5, 5]
+    assert [len(share) for share in left] == [2, 0]
+    assert [mine | theirs for mine, theirs in zip(left, right, strict=True)] == whole
+
+
 def test_two_processes_print_no_warning(out: Path, answer: Answers) -> None:
     assert "== sgd" in (out / "said").read_text()
     assert [line for line in (out / "said").read_text().splitlines() if "Warning" in line] == []

@@ -647,6 +647,21 @@ def a_forward_alone(world: World) -> Answer:
     return trained(make(world, "alone", Alone, max_steps=2))
 
 
+def generation(world: World) -> Answer:
+    """Each rank answers its share of the prompts: an unequal one, then none on the first rank."""
+    run = make(world, "generation", max_steps=1, learning_rate=0)
+    run.train()
+    prompts = [[40 + index] * (1 + 3 * index) for index in range(5)]
+
+    def answered(owners: list[int]) -> Answer:
+        mine = [prompt for prompt, owner in enumerate(owners) if owner % world.size == world.rank]
+        sampling = run.sampling(n=3, max_new_tokens=10, batch_size=4)
+        answers = run.generate([prompts[prompt] for prompt in mine], sampling, seeds=mine)
+        return {str(prompt): [a.tokens for a in copies] for prompt, copies in zip(mine, answers, strict=True)}
+
+    return {"answers": [answered([0, 1, 1, 0, 1]), answered([1, 1, 1, 1, 1])]}
+
+
 # Resuming
 
 
@@ -692,6 +707,7 @@ CHECKS: list[Callable[[World], Answer]] = [
     broken_export,
     asking,
     a_forward_alone,
+    generation,
     checkpoint_of_this_world,
     resume_of_other_world,
 ]

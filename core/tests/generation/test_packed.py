@@ -51,6 +51,13 @@ def test_packed_writes_what_the_plain_way_writes_and_scoring_says_the_same(kind,
     torch.testing.assert_close(logps_of(found), rescored(root, PROMPTS, found), rtol=0, atol=TOLERANCE)
 
 
+def test_a_heads_bias_is_felt():
+    root = patched(build("phi", PACKED["llama"]))
+    assert root.lm_head.bias.abs().max() > 0.1
+    settings = {"n": 2, "max_new_tokens": 8}
+    same(write(root, **settings), generate(root, PROMPTS, Sampling(**settings)))
+
+
 @pytest.mark.parametrize("way", [padded, packed])
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere"])
 def test_log_probs_of_a_whole_distribution_are_those_of_scoring_at_its_temperature(kind, way):
