@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -42,10 +44,12 @@ def same(found, expected):
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize("kind", PACKED)
 def test_packed_writes_what_the_plain_way_writes_and_scoring_says_the_same(kind, tuning):
-    """Completions and one prompt are longer than the windows; fewer go side by side than there are."""
+    """Completions and one prompt are longer than the windows; some end early, and others take their places."""
     root = build(kind) if tuning == "full" else adapted(build(kind))
-    settings = Sampling(n=3, max_new_tokens=2 * WINDOW, batch_size=4, seed=3)
-    plain = generate(root, PROMPTS, settings)
+    stops = tuple(range(0, VOCABULARY, 17))
+    settings = Sampling(n=3, max_new_tokens=2 * WINDOW, batch_size=4, seed=3, stop_tokens=stops)
+    plain = generate(root, PROMPTS, replace(settings, batch_size=64))
+    assert {answer.stopped for copies in plain for answer in copies} == {"stop", "length"}
     found = generate(patched(root), PROMPTS, settings, packed=True)
     same(found, plain)
     torch.testing.assert_close(logps_of(found), rescored(root, PROMPTS, found), rtol=0, atol=TOLERANCE)
