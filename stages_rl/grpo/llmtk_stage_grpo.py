@@ -51,7 +51,6 @@ class GroupRelativePolicyOptimization(ReinforcementStage):
     summary = "Group-relative policy optimisation: answers of the policy, rewarded and judged within their group"
     paper = "arXiv 2402.03300"
     section = "grpo"
-    defaults = {"train": {"learning_rate": 1e-6}}
 
     class Options(BetaOptions):
         """Which loss, how groups are judged, and how far the policy may go."""

@@ -35,7 +35,6 @@ class ReinforceLeaveOneOut(ReinforcementStage):
     summary = "REINFORCE leave-one-out: answers of the policy, each judged by the mean reward of the others"
     paper = "arXiv 2402.14740"
     section = "rloo"
-    defaults = {"train": {"learning_rate": 1e-6}}
 
     class Options(BetaOptions):
         """How the policy is held to the reference, and how far it may go."""

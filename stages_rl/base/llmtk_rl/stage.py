@@ -77,6 +77,8 @@ class ReinforcementStage(Stage):
 
     row_types = ("prompt",)
     needs = frozenset({"reward", "generation"})
+    # The loss says nothing of how good a policy is: its advantages are relative.
+    defaults = {"train": {"learning_rate": 1e-6, "metric_for_best_model": "reward"}}
     section: ClassVar[str]
     """The name of its section of the configuration."""
     old_scores: ClassVar[tuple[str, ...]] = ()
@@ -135,7 +137,12 @@ class ReinforcementStage(Stage):
                 f"{len(long)} ({', '.join(long[:3])}{', ...' if len(long) > 3 else ''})."
             )
         if not fitting:
-            raise DatasetError(f"None of the {len(rows)} prompts leaves room for a completion")
+            shortest = min(encoded["length"])
+            raise DatasetError(
+                f"None of the {len(rows)} prompts leaves room for a completion: the shortest has {shortest} tokens, "
+                f"and data.max_length ({run.max_length}) less {self.section}.max_completion_length is {room}. "
+                "Raise the one or lower the other"
+            )
         return encoded.select(fitting)  # type: ignore[no-any-return]
 
     def prepare_batch(self, run: RunView, rows: list[Row]) -> Round:
