@@ -138,7 +138,8 @@ class GroupRelativePolicyOptimization(ReinforcementStage):
         return LossOutput(terms, metrics, scores)
 
     def demo(self) -> Demo:
-        return reinforcement_demo(max_steps=60, learning_rate=1e-4)
+        # A round's groups whose answers are all right, or all wrong, cost a pass and teach nothing.
+        return reinforcement_demo("grpo", max_steps=300, options={"num_iterations": 4, "drop_flat_groups": True})
 
     @property
     def _clipping(self) -> Clipping:

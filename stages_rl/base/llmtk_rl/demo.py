@@ -12,14 +12,13 @@ from llmtk.demo.measure import exact_match
 HELD_OUT = 200
 
 
-def reinforcement_demo(
-    section: str = "grpo", *, options: Mapping[str, Any] | None = None, rows: int = 32, **train: Any
-) -> Demo:
+def reinforcement_demo(section: str, *, options: Mapping[str, Any] | None = None, rows: int = 64, **train: Any) -> Demo:
     """Return the demo of a stage: exact match of greedy answers to held-out sums. `train` are settings of the run."""
     problems = [addition.dialogue(problem) for problem in addition.problems("held-out", HELD_OUT, 1)]
     settings = {
         "per_device_train_batch_size": rows,
-        "logging_steps": 10,
+        "learning_rate": 3e-4,
+        "logging_steps": 20,
         "eval_strategy": "no",
         "save_strategy": "epoch",
         "bf16": False,
@@ -29,7 +28,7 @@ def reinforcement_demo(
         eval=addition.rows("held-out", HELD_OUT, 1),
         config={
             "train": settings | train,
-            "generation": {"batch_size": 256},
+            "generation": {"batch_size": 512},
             section: {"rewards": ["exact_match"], "max_completion_length": 16, **(options or {})},
         },
         figure="exact match",
