@@ -49,7 +49,6 @@ class ProximalPolicyOptimization(ReinforcementStage):
     summary = "Proximal policy optimisation: a critic judges each token of the policy's rewarded answers"
     paper = "arXiv 1707.06347, 1909.08593"
     old_scores = ("values",)
-    defaults = {"train": {"learning_rate": 1e-6}}
 
     class Options(ReinforcementOptions):
         """How far policy and critic may go, what is expected, and how strongly the policy is held to the reference."""

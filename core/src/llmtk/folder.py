@@ -189,10 +189,11 @@ class RunFolder:
         """Refuse to go on with other settings or other data. CheckpointError lists what differs."""
         stored = _flat(read_file(self.path / CONFIG))
         given = _flat(_settings(run))
+        may_change = (*MAY_CHANGE, *(f"{run.stage_name}.{name}" for name in run.stage.may_change))
         changed = [
             f"  {key}: {stored.get(key)!r} -> {given.get(key)!r}"
             for key in sorted(stored.keys() | given.keys())
-            if stored.get(key) != given.get(key) and not key.startswith(MAY_CHANGE)
+            if stored.get(key) != given.get(key) and not key.startswith(may_change)
         ]
         if (was := self.info().get("data")) and was != _data_hashes(run):
             changed.append("  the rows themselves: the data has changed since the checkpoint was written")

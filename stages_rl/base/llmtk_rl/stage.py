@@ -77,6 +77,7 @@ class ReinforcementStage(Stage):
 
     row_types = ("prompt",)
     needs = frozenset({"reward", "generation"})
+    may_change = ("reward_changed",)
     # The loss says nothing of how good a policy is: its advantages are relative.
     defaults = {"train": {"learning_rate": 1e-6, "metric_for_best_model": "reward"}}
     section: ClassVar[str]
