@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -37,27 +36,33 @@ class Behind:
     """Segments as rows of a grid, (segments, queries), their keys beside, (segments, keys): a prefix's, then their own.
 
     `cells` and `key_cells` say which token of the packed row stands where, any one where there is none; `at` (segments,
-    queries) and `key_at` (segments, keys) their positions in the sequence, beyond any query's where there is none.
+    queries) and `key_at` (segments, keys) their positions in the sequence, beyond any query's where there is none;
+    `is_token` (segments, queries), where there is one.
     """
 
     cells: Tensor
     key_cells: Tensor
     at: Tensor
     key_at: Tensor
+    is_token: Tensor
     biases: dict[int | None, Tensor] = field(init=False, default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, segments: list[int], starts: list[int], lengths: list[int], prefixes: list[int]) -> Behind:
-        """Lay segments of a packed row out, each with its prefix, if it has one."""
-        queries = [_range(starts[segment], lengths[segment]) for segment in segments]
-        before = [
-            _range(starts[prefix], lengths[prefix]) if (prefix := prefixes[segment]) >= 0 else _range(0, 0)
-            for segment in segments
-        ]
-        keys = [torch.cat([prefix, own]) for prefix, own in zip(before, queries, strict=True)]
-        at = [_range(len(prefix), len(own)) for prefix, own in zip(before, queries, strict=True)]
-        key_at = [_range(0, len(key)) for key in keys]
-        return cls(_side_by_side(queries, 0), _side_by_side(keys, 0), _side_by_side(at, 0), _side_by_side(key_at, FAR))
+    def of(cls, starts: Tensor, lengths: Tensor, prefix_starts: Tensor, prefix_lengths: Tensor) -> Behind:
+        """Lay segments (segments,) of a packed row out, each with its prefix, which may have no tokens."""
+        start, length, before = starts[:, None], lengths[:, None], prefix_lengths[:, None]
+        query = torch.arange(int(lengths.max()))[None]
+        key = torch.arange(int((lengths + prefix_lengths).max()))[None]
+        here, own = query < length, key - before
+        inside = (own < length) & (own >= 0)
+        key_cells = torch.where(own < 0, prefix_starts[:, None] + key, torch.where(inside, start + own, 0))
+        return cls(
+            cells=torch.where(here, start + query, 0),
+            key_cells=key_cells,
+            at=torch.where(here, before + query, 0),
+            key_at=torch.where(own < length, key, FAR),
+            is_token=here,
+        )
 
     def bias(self, window: int | None, device: torch.device) -> Tensor:
         """Return (segments, 1, queries, keys): 0, or minus infinity for keys that a query must not see."""
@@ -71,14 +76,6 @@ class Behind:
 
 
 FAR = 2**40
-
-
-def _range(start: int, length: int) -> Tensor:
-    return torch.arange(start, start + length)
-
-
-def _side_by_side(rows: list[Tensor], padding: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
 
 
 class PackedRow(Protocol):
@@ -156,31 +153,25 @@ class Layout:
 
         None where a grid would be mostly padding, or nothing stands behind a prefix.
         """
-        starts = [end - length for end, length in zip(accumulate(self.lengths), self.lengths, strict=True)]
-        fed = [segment for segment, length in enumerate(self.lengths) if length]
-        behind = [segment for segment in fed if self.prefixes[segment] >= 0]
-        alone = [segment for segment in fed if self.prefixes[segment] < 0]
-        if len(behind) < 2:
+        lengths, prefixes = torch.tensor(self.lengths), torch.tensor(self.prefixes)
+        behind = (prefixes >= 0) & (lengths > 0)
+        if int(behind.sum()) < 2:
             return None
-        for segments in (alone, behind):
-            sizes = [
-                (self.lengths[s], self.lengths[s] + self.lengths[p] * (p >= 0)) for s, p in self._prefixed(segments)
-            ]
-            most = max(queries for queries, _ in sizes) * max(keys for _, keys in sizes)
-            if most * len(sizes) - sum(queries * keys for queries, keys in sizes) > SPARE * len(sizes):
+        starts = lengths.cumsum(0) - lengths
+        prefix_lengths = torch.where(behind, lengths[prefixes.clamp(min=0)], 0)
+        prefix_starts = starts[prefixes.clamp(min=0)]
+        grids, back, before = [], torch.zeros(int(lengths.sum()), dtype=torch.int64), 0
+        for chosen in ((prefixes < 0) & (lengths > 0), behind):
+            queries, keys = lengths[chosen], (lengths + prefix_lengths)[chosen]
+            padding = len(queries) * queries.max() * keys.max() - (queries * keys).sum()
+            if int(padding) > SPARE * len(queries):
                 return None
-        grids = [Behind.of(segments, starts, self.lengths, self.prefixes) for segments in (alone, behind)]
-        back = torch.zeros(sum(self.lengths), dtype=torch.int64)
-        before = 0
-        for segments, grid in zip((alone, behind), grids, strict=True):
-            for row, segment in enumerate(segments):
-                first = before + row * grid.cells.shape[1]
-                back[starts[segment] : starts[segment] + self.lengths[segment]] = _range(first, self.lengths[segment])
+            grid = Behind.of(starts[chosen], queries, prefix_starts[chosen], prefix_lengths[chosen])
+            cells = torch.arange(before, before + grid.cells.numel()).view(grid.cells.shape)
+            back[grid.cells[grid.is_token]] = cells[grid.is_token]
             before += grid.cells.numel()
+            grids.append(grid)
         return grids, back
-
-    def _prefixed(self, segments: list[int]) -> list[tuple[int, int]]:
-        return [(segment, self.prefixes[segment]) for segment in segments]
 
     @cached_property
     def grid(self) -> Grid | None:
