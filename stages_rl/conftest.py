@@ -62,6 +62,8 @@ def make(tmp_path: Path, graded: dict[str, str]) -> Iterator[Callable[..., Run]]
         rows: Any = ROWS,
         folder: str = "run",
         evaluation: Any = None,
+        plugins: Any = (),
+        max_length: int = 64,
         **train: Any,
     ) -> Run:
         usual = {"rewards": [graded], "num_generations": 4, "max_completion_length": 6}
@@ -70,8 +72,9 @@ def make(tmp_path: Path, graded: dict[str, str]) -> Iterator[Callable[..., Run]]
             Run(
                 stage,
                 model={"from_config": TINY, "tokenizer": {"kind": "byte"}},
-                data={"train": rows, "eval": evaluation, "max_length": 64},
+                data={"train": rows, "eval": evaluation, "max_length": max_length},
                 train={**settings, "max_steps": 2, "learning_rate": 0.01, "save_strategy": "no", **train},
+                plugins=plugins,
                 output_dir=str(tmp_path / folder),
                 **{stage if isinstance(stage, str) else stage.name: usual | (options or {})},
             )

@@ -122,7 +122,11 @@ class Writer:
         try:
             return self.run.generate([row["prompt_ids"] for row in rows], sampling, seeds)
         except ValueError as error:
-            raise TrainingError(f"a prompt of this round cannot be answered: {error}") from error
+            longest = max(rows, key=lambda row: len(row["prompt_ids"]))
+            raise TrainingError(
+                f"a prompt cannot be answered: {error}. The longest of this round is {longest['place']}. Lower "
+                f"data.max_length ({self.run.max_length}) to what the model has positions for"
+            ) from error
 
     def _reward(
         self,

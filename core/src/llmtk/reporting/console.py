@@ -71,10 +71,10 @@ class Console:
 
     def log(self, line: dict[str, Any], steps: int, tokens_per_second: float) -> None:
         """Print a line of metrics; on a terminal the live display shows them."""
-        if self._progress is None and "loss" in line:
-            reward = f"reward {line['reward']:.4f}  " if "reward" in line else ""
+        told = "".join(f"{name} {line[name]:.4f}  " for name in ("loss", "reward") if name in line)
+        if self._progress is None and told:
             self.say(
-                f"step {line['step']}/{steps}  loss {line['loss']:.4f}  {reward}grad_norm {line['grad_norm']:.3f}  "
+                f"step {line['step']}/{steps}  {told}grad_norm {line['grad_norm']:.3f}  "
                 f"lr {line['learning_rate']:.2e}  epoch {line['epoch']:.2f}  {tokens_per_second:,.0f} tokens/s"
             )
 

@@ -144,7 +144,7 @@ def _log(run: Run, report: StepReport) -> None:
     state, config = run.state, run.config.train
     if state.step % config.logging_steps and state.step < run.plan.max_steps:
         return
-    values = state.tally.values() if state.tally.terms else {}
+    values = state.tally.values()
     state.last_loss = values.get("loss", state.last_loss)
     values |= {"grad_norm": report.grad_norm, "learning_rate": report.learning_rate, "tokens": state.tokens}
     if state.skipped:

@@ -44,8 +44,8 @@ class Tally:
         return sum(weighted / total for _, weighted, total in self.terms.values() if total)
 
     def values(self) -> dict[str, float]:
-        """Return the loss, each term where there are several, and every metric."""
-        values = {"loss": self.loss}
+        """Return the loss, each term where there are several, and every metric; no loss where no step counted."""
+        values = {"loss": self.loss} if self.terms else {}
         if len(self.terms) > 1:
             values |= {f"loss/{name}": total and summed / total for name, (summed, _, total) in self.terms.items()}
         for name, (summed, count, then) in self.metrics.items():
