@@ -150,7 +150,55 @@ def test_a_precomputed_reference_is_the_reference(answer: Answers) -> None:
     assert distance(answer("precomputed", 2)["weights"], answer("dpo", 2)["weights"]) < 1e-6
 
 
-@pytest.mark.parametrize("check", [*TRAININGS, *PREFERENCES])
+REINFORCEMENT = ("grpo", "grpo_batch", "grpo_dynamic", "grpo_dropped", "rloo", "ppo", "left_out")
+
+
+@pytest.mark.parametrize("check", REINFORCEMENT)
+def test_two_ranks_write_and_learn_as_one_does(answer: Answers, check: str) -> None:
+    """The same completions in the same windows, on whichever rank, and the same updates."""
+    one, two, other = answer(check, 1), answer(check, 2, 0), answer(check, 2, 1)
+    assert one["steps"] == two["steps"]
+    assert len(one["written"]) == len(two["written"])
+    for whole, mine, theirs in zip(one["written"], two["written"], other["written"], strict=True):
+        assert [sorted(a + b) for a, b in zip(mine, theirs, strict=True)] == whole
+    assert distance(two["weights"], one["weights"]) < 1e-6
+    for mine, theirs in zip(without(two["metrics"], ROUNDING), without(one["metrics"], ROUNDING), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    assert any("reward" in line for line in one["metrics"])
+
+
+ROUNDING = "sampling/logp_difference_max"
+"""What is nothing but rounding, which depends on what was scored side by side."""
+
+
+def test_dynamic_sampling_and_flat_groups_made_rounds_of_other_sizes(answer: Answers) -> None:
+    """Else their equality would say nothing."""
+    sizes = {
+        check: [sum(len(window) for window in round[:2]) for round in answer(check, 1)["written"]]
+        for check in ("grpo", "grpo_dynamic", "grpo_dropped")
+    }
+    assert sizes["grpo"] == [8, 8, 3]
+    assert max(sizes["grpo_dropped"]) < max(sizes["grpo_dynamic"]) == 8
+    assert sizes["grpo_dynamic"][2] > 3, "an epoch's last rows are filled up too"
+
+
+def test_a_rank_of_which_no_row_is_left_takes_part(answer: Answers) -> None:
+    counts = [[len(round[0]) for round in answer("left_out", 2, rank)["written"]] for rank in (0, 1)]
+    assert (0, 1) in zip(*counts, strict=True) or (1, 0) in zip(*counts, strict=True)
+    assert answer("all_left_out", 1)["steps"] == answer("all_left_out", 2)["steps"] == 4
+    assert answer("all_left_out", 2)["metrics"][-1]["skipped_steps"] == 4
+
+
+def test_a_reward_that_fails_on_one_rank_ends_all(answer: Answers) -> None:
+    alone = answer("failing_reward", 1)["error"]
+    assert alone.startswith("TrainingError: row ")
+    assert "the reward even (grpo.rewards.0) returned None" in alone
+    errors = [answer("failing_reward", 2, rank)["error"] for rank in (0, 1)]
+    told = [error.removeprefix("TrainingError: ") for error in errors]
+    assert any(first == f"rank {rank}: {second}" for rank, first, second in ((1, *told), (0, *told[::-1])))
+
+
+@pytest.mark.parametrize("check", [*TRAININGS, *PREFERENCES, *REINFORCEMENT])
 def test_ranks_hold_the_same_weights(answer: Answers, check: str) -> None:
     assert answer(check, 2, 0)["weights"] == answer(check, 2, 1)["weights"]
 

@@ -24,7 +24,7 @@ import torch
 from llmtk_pref import demo_rows
 from llmtk_stage_sft import SupervisedFineTuning
 
-from llmtk import Group, LossOutput, Mean, Round, Run, Sequence, Term, hookimpl
+from llmtk import Batch, Group, LossOutput, Mean, Round, Run, Sequence, Term, hookimpl
 from llmtk.training import checkpoints
 
 TINY = {
@@ -285,6 +285,85 @@ def precomputed(world: World) -> Answer:
     pairs = demo_rows("train", 19)
     run = make(world, "precomputed", "dpo", data=pairs, max_steps=6, learning_rate=0.05, precompute_reference=True)
     return trained(run)
+
+
+# Reinforcement, whose rounds are written by all ranks
+
+
+REWARDS = Path(__file__).parents[1] / "rewards.py"
+ROUNDS: Answer = {"num_generations": 3, "max_completion_length": 5, "num_iterations": 2, "mini_batches": 2}
+REINFORCEMENT: dict[str, tuple[str, str, Answer]] = {
+    "grpo": ("grpo", "graded", {"beta": 0.1, "loss": "grpo"}),
+    "grpo_batch": ("grpo", "graded", {"scale_rewards": "batch", "entropy_coef": 0.01}),
+    "grpo_dynamic": ("grpo", "half", {"dynamic_sampling": True}),
+    "grpo_dropped": ("grpo", "half", {"drop_flat_groups": True}),
+    "rloo": ("rloo", "graded", {"beta": 0.1}),
+    "ppo": ("ppo", "graded", {"whiten_rewards": True}),
+}
+
+
+class Written:
+    """Keeps what the windows of each round have: the place of each prompt, and the tokens of its completions."""
+
+    def __init__(self) -> None:
+        self.rounds: list[list[list[Any]]] = []
+
+    @hookimpl
+    def around_prepare_batch(self, run, rows, inner):
+        round = inner(rows)
+        self.rounds.append([self.of(window) for window in round.windows])
+        return round
+
+    @staticmethod
+    def of(window: Batch) -> list[Any]:
+        owners = window.sequence_group[window.target_sequence].tolist()
+        answers: list[list[Any]] = [[place] for place in window.places]
+        for owner, token in zip(owners, window.target_tokens.tolist(), strict=True):
+            answers[owner].append(token)
+        return sorted(answers)
+
+
+def rounds(world: World, name: str, stage: str, reward: str, options: Answer, **settings: Any) -> tuple[Run, Written]:
+    """Make a run on 19 prompts, so that rows are left over at the end of an epoch."""
+    prompts = [{"prompt": f"{'why ' * (i % 4)}{i}?"} for i in range(19)]
+    rewards = [{"file": str(REWARDS), "function": reward}]
+    watch = Written()
+    options = {**ROUNDS, "rewards": rewards, **options}
+    settings = {"max_steps": 12, "learning_rate": 0.1, "save_strategy": "no", **settings}
+    return make(world, name, stage, data=prompts, options=options, plugins=(watch,), **settings), watch
+
+
+def reinforcement(name: str) -> Callable[[World], Answer]:
+    """Return the check of a stage."""
+    stage, reward, options = REINFORCEMENT[name]
+
+    def check(world: World) -> Answer:
+        run, watch = rounds(world, name, stage, reward, options)
+        return trained(run) | {"written": watch.rounds}
+
+    check.__name__ = name
+    return check
+
+
+def left_out(world: World) -> Answer:
+    """Rounds of two prompts, of which the odd one has no reward: with two ranks, one of them has nothing left."""
+    options = {"on_reward_error": "drop", "mini_batches": 1, "beta": 0.1}
+    settings = {"per_device_train_batch_size": 2 // world.size, "max_steps": 8}
+    run, watch = rounds(world, "left-out", "grpo", "even", options, **settings)
+    return trained(run) | {"written": watch.rounds}
+
+
+def all_left_out(world: World) -> Answer:
+    """No row has a reward: every step is left out, on all ranks."""
+    run, _ = rounds(world, "all-left-out", "grpo", "never", {"on_reward_error": "drop"}, max_steps=4)
+    return trained(run)
+
+
+def failing_reward(world: World) -> Answer:
+    """With rounds of two prompts the first odd one is on one rank."""
+    settings = {"per_device_train_batch_size": 2 // world.size, "max_steps": 8}
+    run, _ = rounds(world, "failing-reward", "grpo", "even", {"mini_batches": 1}, **settings)
+    return {"error": failure(run.train)}
 
 
 class Bonus(Probe):
@@ -693,6 +772,10 @@ CHECKS: list[Callable[[World], Answer]] = [
     zero_weight,
     *map(preference, PREFERENCES),
     precomputed,
+    *map(reinforcement, REINFORCEMENT),
+    left_out,
+    all_left_out,
+    failing_reward,
     partial_metrics,
     evaluation,
     stop,
