@@ -17,7 +17,7 @@ help:
 	@echo "make test       run the tests, all but the slow ones"
 	@echo "make test-slow  run the slow tests"
 	@echo "make lint       check style and types"
-	@echo "make bench      run the benchmarks"
+	@echo "make bench      run the benchmarks, which takes half an hour or more"
 	@echo "make parity     compare with other implementations"
 	@echo "make wheels     build every distribution into dist/"
 
@@ -37,7 +37,13 @@ lint: $(VENV)/.developed
 	$(BIN)/mypy $(SOURCES)
 
 bench: $(VENV)/.developed
-	@for script in $(wildcard tests/benchmarks/*.py); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+	$(BIN)/python tests/benchmarks/startup.py
+	$(BIN)/python tests/benchmarks/loop.py
+	$(BIN)/python tests/benchmarks/profile_step.py
+	$(BIN)/python tests/benchmarks/memory.py
+	$(BIN)/python tests/benchmarks/generation.py
+	$(BIN)/python tests/benchmarks/grpo.py
+	$(BIN)/python tests/benchmarks/peers.py --checkpointing both $(ARGS)
 
 parity: $(VENV)/.developed
 	@for script in $(wildcard tests/parity/*.py); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
