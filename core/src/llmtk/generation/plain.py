@@ -11,6 +11,7 @@ from torch import nn
 
 from llmtk.generation.completions import Completion, Segment
 from llmtk.generation.sampling import choose
+from llmtk.scoring import router
 
 if TYPE_CHECKING:
     from llmtk.generation.jobs import Job, Jobs
@@ -40,6 +41,8 @@ def _write(model: Any, batch: Sequence[Job], jobs: Jobs) -> dict[int, Completion
 
     written: list[tuple[list[int], list[float]]] = [([], []) for _ in batch]
     done: dict[int, Completion] = {}
+    # A mixture of experts that is asked for its router loss would compute it of the new tokens, with the mask of all.
+    quiet = {"output_router_logits": False} if router.is_asked_for(model) else {}
     cache = None
     for position in range(sampling.max_new_tokens):
         end = longest + position
@@ -52,6 +55,7 @@ def _write(model: Any, batch: Sequence[Job], jobs: Jobs) -> dict[int, Completion
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **quiet,
         )
         cache = output.past_key_values
         if batch:
