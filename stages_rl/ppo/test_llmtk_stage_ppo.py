@@ -396,6 +396,26 @@ def test_bfloat16_trains_with_values_in_float32(make: Any) -> None:
     assert run.scorers[None].packed, run.scorers[None].why_padded
 
 
+@pytest.mark.parametrize("scoring", ["auto", "padded"])
+def test_a_mixture_of_experts_has_its_router_loss_once(
+    make: Any, scoring: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where values take a forward of their own."""
+    experts = {"model_type": "mixtral", "num_key_value_heads": 1, "num_local_experts": 2, "output_router_logits": True}
+    given = make(PPO).config.model
+    run = Run(
+        PPO,
+        model={"from_config": given.from_config | experts, "tokenizer": {"kind": "byte"}},
+        data={"train": ROWS, "max_length": 64},
+        train={"bf16": False, "max_steps": 1, "per_device_train_batch_size": 4, "scoring": scoring},
+        ppo={"rewards": ["exact_match"], "max_completion_length": 4},
+        output_dir=str(make(PPO).output_dir.with_name("experts")),
+    )
+    run.train()
+    assert lines(run)[0]["router_loss"] >= 1
+    assert "no router loss" not in capsys.readouterr().out
+
+
 def test_an_evaluation_changes_nothing_of_training(make: Any) -> None:
     more = {"evaluation": ROWS[:3], "eval_strategy": "steps", "eval_steps": 1}
     with_ = make(PPO, ADAPTIVE, folder="with", max_steps=6, **more)

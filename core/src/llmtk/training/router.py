@@ -73,9 +73,10 @@ class RouterLoss:
     def hear(self, output: Any, batch: Batch) -> None:
         """Take the router loss from a forward of the policy.
 
-        What is scored without gradient while training, such as a target, is no part of the loss.
+        What is scored without gradient while training, such as a target, is no part of the loss. A forward that gives
+        values alone has none: where a policy has a value head, its log-probs bring the router loss.
         """
-        if self._heard is None or torch.is_grad_enabled() != self._with_gradient:
+        if self._heard is None or torch.is_grad_enabled() != self._with_gradient or isinstance(output, Tensor):
             return
         loss = router.loss_in(output)
         if loss is None:
