@@ -3,11 +3,12 @@
     python nursery.py
 
 It reads a task as a line of JSON from stdin, {"log": FILE, "run": {...} or "words": [...], "die_at": N or null,
-"pause_at": STEP or null}, answers `process` with the child's id and, when the child is gone, `status` with what
-`waitpid` gave. The child makes `llmtk.Run(**run)` and trains, or runs the command `llmtk WORDS`. With `die_at` it
-kills itself, as `kill -9` does, right before its N-th operation on a file below the run's folder: an opening, making,
-renaming, cutting or removing; of an opening to write, half of the times when the file is already emptied. Its log ends
-with their number.
+"pause_at": STEP or null, "die_in": [MOMENT, N] or null}, answers `process` with the child's id and, when the child is
+gone, `status` with what `waitpid` gave. The child makes `llmtk.Run(**run)` and trains, or runs the command `llmtk
+WORDS`. With `die_at` it kills itself, as `kill -9` does, right before its N-th operation on a file below the run's
+folder: an opening, making, renaming, cutting or removing; of an opening to write, half of the times when the file is
+already emptied. Its log ends with their number. With `die_in` it does so when it comes to a moment of `MOMENTS` for the
+N-th time.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ IMPORTED = (
     "llmtk.reporting.card",
     "llmtk.reporting.plot",
     "llmtk.run",
+    "llmtk_rl.stage",
+    "llmtk_stage_grpo",
     "llmtk_stage_pt",
     "matplotlib.figure",
     "peft",
@@ -77,6 +80,35 @@ class Pausing(SupervisedFineTuning):
 STAGES: dict[str, Any] = {"three-windows": ThreeWindows, "pausing": Pausing}
 
 
+MOMENTS = {
+    "generation": ("llmtk.generation.sampling", "Stopping.ends"),
+    "rewards": ("llmtk_rl.rewards", "Rewards.__call__"),
+    "scoring": ("llmtk.run", "Run.score_window"),
+    "windows": ("llmtk.training.loop", "_finish_step"),
+}
+"""What happens in the midst of a round, more than once: a token is written, completions are rewarded, a window is
+scored, a step is over but not yet saved."""
+
+
+def die_in(moment: str, at: int) -> None:
+    """Have this process killed when it comes to a moment for the N-th time."""
+    module, name = MOMENTS[moment]
+    owner: Any = importlib.import_module(module)
+    *path, name = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    function, count = getattr(owner, name), 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
 class Operations:
     """Counts operations on files below a folder, and kills the process right before one of them."""
 
@@ -105,6 +137,8 @@ def work(task: dict[str, Any]) -> int:
         from llmtk.cli import call
 
         return call(task["words"])
+    if task.get("die_in"):
+        die_in(*task["die_in"])
     settings = dict(task["run"])
     operations = Operations(settings["output_dir"], task.get("die_at"))
     sys.addaudithook(operations)

@@ -311,6 +311,63 @@ def test_twenty_kills_of_rounds_with_several_windows(nursery: Nursery, tmp_path:
     assert kill_and_resume(nursery, run, kills=20, seed="rounds")["killed"] == 20
 
 
+# Rounds that are written
+
+
+REWARDS = Path(__file__).with_name("rewards.py")
+ROUNDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "grpo": ("grpo", "full", {"beta": 0.1}),
+    "grpo with an adapter": ("grpo", "lora", {"beta": 0.1}),
+    "grpo that draws more": ("grpo", "full", {"dynamic_sampling": True, "rewards": "half"}),
+    "rloo": ("rloo", "full", {"beta": 0.1}),
+    "ppo": ("ppo", "full", {"kl_control": "adaptive"}),
+}
+
+
+def reinforcement_settings(kind: str, folder: Path, base: Path | None) -> dict[str, Any]:
+    """Return the settings of a run whose rounds have two passes over two mini-batches: saves fall between them."""
+    stage, method, options = ROUNDS[kind]
+    run = settings("sft", method, folder, base)
+    prompts = [{"prompt": f"{'why ' * (i % 4)}{i}?"} for i in range(22)]
+    rewards = [{"file": str(REWARDS), "function": options.get("rewards", "graded")}]
+    usual = {"num_generations": 3, "max_completion_length": 6, "num_iterations": 2, "mini_batches": 2}
+    data = {"train": prompts[4:], "eval": prompts[:4], "max_length": 64}
+    return run | {"stage": stage, "data": data, stage: {**usual, **options, "rewards": rewards}}
+
+
+def test_a_run_killed_in_the_midst_of_its_rounds_goes_on_bit_by_bit(nursery: Nursery, tmp_path: Path) -> None:
+    """While a token is drawn, completions are rewarded or scored, and between the windows of a round."""
+    run = reinforcement_settings("grpo", tmp_path, None)
+    nursery.finish(**run | {"output_dir": str(tmp_path / "uninterrupted")})
+    run |= {"output_dir": str(tmp_path / "killed"), "resume": "auto"}
+    for moment in (["generation", 20], ["windows", 7], ["rewards", 2], ["scoring", 3], ["windows", 2]):
+        nursery.begin(run=run, die_in=moment)
+        assert nursery.end() == KILLED, nursery.said()
+    nursery.finish(**run)
+    check_same(tmp_path / "killed", tmp_path / "uninterrupted")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ROUNDS)
+def test_ten_kills_of_runs_that_write(nursery: Nursery, tmp_path: Path, base: Path, kind: str) -> None:
+    run = reinforcement_settings(kind, tmp_path, base)
+    assert kill_and_resume(nursery, run, kills=10, seed=kind)["killed"] == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["generation", "rewards", "scoring", "windows"])
+def test_kills_at_every_few_moments_of_a_round(nursery: Nursery, tmp_path: Path, moment: str) -> None:
+    run = reinforcement_settings("grpo", tmp_path, None)
+    nursery.finish(**run | {"output_dir": str(tmp_path / "uninterrupted")})
+    for at in range(1, 200, 37 if moment == "generation" else 3):
+        killed = run | {"output_dir": str(tmp_path / f"killed-{at}"), "resume": "auto"}
+        nursery.begin(run=killed, die_in=[moment, at])
+        if nursery.end() != KILLED:
+            return
+        nursery.finish(**killed)
+        check_same(tmp_path / f"killed-{at}", tmp_path / "uninterrupted")
+
+
 def kill_at(nursery: Nursery, run: dict[str, Any], operations: Iterator[int] | range) -> int:
     """Kill a new run at each of these operations on files, and let it finish. Return the number of kills."""
     home = Path(run["output_dir"])

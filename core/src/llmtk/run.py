@@ -407,7 +407,8 @@ class Run:
         if samples and self.backend.is_main and (step + steps) // every > step // every:
             for sample in samples:
                 self.records.write("samples", {"step": step, **sample})
-            show_samples(self.console, samples, step)
+            with self.randomness.aside("samples"):  # rich draws a number from Python's generator when it is imported
+                show_samples(self.console, samples, step)
 
     def write_samples(self) -> None:
         """Answer a few evaluation prompts, if the configuration asks for it. All ranks must call it together."""
