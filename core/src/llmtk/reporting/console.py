@@ -53,13 +53,13 @@ class Console:
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("loss {task.fields[loss]}{task.fields[reward]}"),
             TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        self._task = self._progress.add_task("train", total=steps, completed=done, loss="-", speed="")
+        self._task = self._progress.add_task("train", total=steps, completed=done, loss="-", reward="", speed="")
         self._progress.start()
 
     def step(self, report: StepReport, tokens_per_second: float) -> None:
@@ -71,6 +71,8 @@ class Console:
 
     def log(self, line: dict[str, Any], steps: int, tokens_per_second: float) -> None:
         """Print a line of metrics; on a terminal the live display shows them."""
+        if self._progress is not None and "reward" in line:
+            self._progress.update(self._task, reward=f"  reward {line['reward']:.4f}")
         told = "".join(f"{name} {line[name]:.4f}  " for name in ("loss", "reward") if name in line)
         if self._progress is None and told:
             self.say(

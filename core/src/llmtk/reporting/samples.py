@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from unicodedata import category
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,10 +42,14 @@ def show_samples(console: Console, samples: Sequence[Mapping[str, Any]], step: i
 
 
 def _short(text: str, most: int = 200) -> str:
-    """Return a text's end, where it is long: a question's end says more than its beginning."""
+    """Return a text's end, where it is long: a question's end says more than its beginning.
+
+    What steers a terminal is replaced: a policy that knows nothing writes anything.
+    """
     from rich.markup import escape
 
-    return escape(text if len(text) <= most else f"... {text[-most:]}")
+    shown = "".join("\ufffd" if category(c) == "Cc" and c not in "\n\t" else c for c in text[-most:])
+    return escape(shown if len(text) <= most else f"... {shown}")
 
 
 def _prompt(row: Row) -> list[int]:
