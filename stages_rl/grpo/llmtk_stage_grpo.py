@@ -139,7 +139,7 @@ class GroupRelativePolicyOptimization(ReinforcementStage):
 
     def demo(self) -> Demo:
         # A round's groups whose answers are all right, or all wrong, cost a pass and teach nothing.
-        return reinforcement_demo("grpo", max_steps=300, options={"num_iterations": 4, "drop_flat_groups": True})
+        return reinforcement_demo("grpo", max_steps=280, options={"num_iterations": 4, "drop_flat_groups": True})
 
     @property
     def _clipping(self) -> Clipping:

@@ -98,4 +98,4 @@ class ReinforceLeaveOneOut(ReinforcementStage):
         return LossOutput(terms, metrics, scores)
 
     def demo(self) -> Demo:
-        return reinforcement_demo("rloo", max_steps=300, options={"num_iterations": 4, "beta": 0.0})
+        return reinforcement_demo("rloo", max_steps=280, options={"num_iterations": 4, "beta": 0.0})

@@ -17,7 +17,8 @@ def reinforcement_demo(section: str, *, options: Mapping[str, Any] | None = None
     problems = [addition.dialogue(problem) for problem in addition.problems("held-out", HELD_OUT, 1)]
     settings = {
         "per_device_train_batch_size": rows,
-        "learning_rate": 3e-4,
+        "learning_rate": 5e-4,
+        "warmup_steps": 5,
         "logging_steps": 20,
         "eval_strategy": "no",
         "save_strategy": "epoch",
