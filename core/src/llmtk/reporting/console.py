@@ -48,6 +48,7 @@ class Console:
             TimeElapsedColumn,
             TimeRemainingColumn,
         )
+        from rich.table import Column
 
         self._progress = Progress(
             TextColumn("training"),
@@ -55,9 +56,10 @@ class Console:
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}{task.fields[reward]}"),
             TextColumn("{task.fields[speed]}"),
-            TimeElapsedColumn(),
+            # In 80 columns it is the bar that gives way.
+            TimeElapsedColumn(table_column=Column(min_width=7)),
             TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=Column(min_width=7)),
         )
         self._task = self._progress.add_task("train", total=steps, completed=done, loss="-", reward="", speed="")
         self._progress.start()
@@ -72,7 +74,7 @@ class Console:
     def log(self, line: dict[str, Any], steps: int, tokens_per_second: float) -> None:
         """Print a line of metrics; on a terminal the live display shows them."""
         if self._progress is not None and "reward" in line:
-            self._progress.update(self._task, reward=f"  reward {line['reward']:.4f}")
+            self._progress.update(self._task, reward=f"  reward {line['reward']:.3g}")
         told = "".join(f"{name} {line[name]:.4f}  " for name in ("loss", "reward") if name in line)
         if self._progress is None and told:
             self.say(
