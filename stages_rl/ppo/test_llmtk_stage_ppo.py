@@ -224,7 +224,7 @@ def test_with_its_kl_it_converges_to_the_reference_tilted_by_the_reward(actor_cr
     reference, rewards = torch.tensor([0.2, -0.5, 0.3]), torch.tensor([1.0, 0.4, 0.0])
     options = {"rewards": ["exact_match"], "num_generations": 400, "kl_coef": 0.5, "vf_coef": 1.0}
     stage = PPO(PPO.Options(**options, whiten_advantages=whiten, num_iterations=2))
-    policy = actor_critic(stage, reference, rewards).train(300, 0.3 if whiten else 1.0)
+    policy = actor_critic(stage, reference, rewards).train(120, 0.3 if whiten else 1.0)
     wanted = (reference.double() + rewards.double() / 0.5).softmax(0)
     assert (policy - wanted).abs().sum() / 2 < 0.02
     assert (reference.double().softmax(0) - wanted).abs().sum() / 2 > 0.2, "it had a way to go"
@@ -232,13 +232,13 @@ def test_with_its_kl_it_converges_to_the_reference_tilted_by_the_reward(actor_cr
 
 def test_the_kl_goes_to_its_target(actor_critic: Any) -> None:
     reference, rewards = torch.tensor([0.2, -0.5, 0.3]), torch.tensor([1.0, 0.4, 0.0])
-    options = {"num_generations": 400, "kl_coef": 0.05, "kl_control": "adaptive", "kl_target": 0.1}
-    stage = PPO(PPO.Options(rewards=["exact_match"], **options, kl_horizon=4000, num_iterations=2, vf_coef=1.0))
+    options = {"num_generations": 400, "kl_coef": 0.5, "kl_control": "adaptive", "kl_target": 0.1}
+    stage = PPO(PPO.Options(rewards=["exact_match"], **options, kl_horizon=2000, num_iterations=2, vf_coef=1.0))
     run = actor_critic(stage, reference, rewards)
-    policy = run.train(400, 0.3)
+    policy = run.train(150, 0.3)
     kl = float((policy * (policy / reference.double().softmax(0)).log()).sum())
     assert kl == pytest.approx(0.1, rel=0.1)
-    assert stage.control.coefficient > 0.1
+    assert stage.control.coefficient > 0.6
 
 
 def test_the_coefficient_moves_by_a_fifth_of_its_gain_at_most() -> None:
