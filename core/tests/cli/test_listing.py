@@ -55,16 +55,16 @@ def test_a_name_claimed_twice_is_a_problem_in_the_list(install: Any, llmtk: Any)
 
 def test_plugins_are_listed_with_their_kind(install: Any, llmtk: Any) -> None:
     install("llmtk-plugin-x", "x", discovery.PLUGINS, None)
-    install("my-rewards", "length", discovery.REWARDS, None)
+    install("my-rewards", "strict", discovery.REWARDS, None)
     assert llmtk("list-plugins")[1].splitlines() == [
         "NAME    KIND    DISTRIBUTION    VERSION  SUMMARY",
         "x       plugin  llmtk-plugin-x  1.0      A x",
-        "length  reward  my-rewards      1.0      A length",
+        "strict  reward  my-rewards      1.0      A strict",
     ]
     listed = json.loads(llmtk("list-plugins", "--json")[1])
     assert [(offer["name"], offer["kind"], offer["distribution"]) for offer in listed] == [
         ("x", "plugin", "llmtk-plugin-x"),
-        ("length", "reward", "my-rewards"),
+        ("strict", "reward", "my-rewards"),
     ]
 
 
