@@ -186,7 +186,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, s
     windowed = window is not None and keys > window
     plain = queries == keys and not windowed
     if _is_native(q, queries, keys, window, softcap) or (keys >= LONG and not softcap):
-        mask = None if plain else _bias(queries, keys, window, q.device).to(q.dtype)
+        # Not from the cache, which 256 masks of this size would make larger than the model.
+        mask = None if plain else _bias.__wrapped__(queries, keys, window, q.device).to(q.dtype)
         attended: Tensor = F.scaled_dot_product_attention(
             q[None],
             k[None],
@@ -198,9 +199,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, s
         )
         return attended[0]
     written: Any = _Written.apply
-    # A corner of one square for all segments: a mask of its own for each length would pile up over a run.
-    square = _square(-(-keys // LONG) * LONG, window if windowed else None, q.device)
-    return written(q, k, v, square[keys - queries : keys, :keys], scale, softcap)  # type: ignore[no-any-return]
+    bias = _bias(queries, keys, window if windowed else None, q.device)
+    return written(q, k, v, bias, scale, softcap)  # type: ignore[no-any-return]
 
 
 def _is_native(q: Tensor, queries: int, keys: int, window: int | None, softcap: float) -> bool:
@@ -209,18 +209,14 @@ def _is_native(q: Tensor, queries: int, keys: int, window: int | None, softcap: 
     return plain and q.dtype == torch.float32
 
 
-@lru_cache(maxsize=8)
-def _square(length: int, window: int | None, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # a later backward pass may use it
-        return _bias(length, length, window, device)
-
-
+@lru_cache(maxsize=256)
 def _bias(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """Return (queries, keys): 0, or minus infinity for keys a query must not see. The queries are the last keys."""
-    at = torch.arange(keys - queries, keys, device=device)[:, None]
-    key = torch.arange(keys, device=device)[None]
-    unseen = (key > at) if window is None else (key > at) | (key <= at - window)
-    return torch.zeros(queries, keys, device=device).masked_fill_(unseen, -torch.inf)
+    with torch.inference_mode(False):  # a later backward pass may use it
+        at = torch.arange(keys - queries, keys, device=device)[:, None]
+        key = torch.arange(keys, device=device)[None]
+        unseen = (key > at) if window is None else (key > at) | (key <= at - window)
+        return torch.zeros(queries, keys, device=device).masked_fill_(unseen, -torch.inf)
 
 
 class _Written(torch.autograd.Function):
@@ -232,19 +228,19 @@ class _Written(torch.autograd.Function):
         grouped = q.reshape(k.shape[0], -1, q.shape[-1])
         probabilities, _ = _probabilities(grouped, k, bias, scale, softcap)
         output = probabilities.to(v.dtype) @ v
-        ctx.save_for_backward(grouped, k, v, bias)
+        ctx.save_for_backward(grouped, k, v, bias, output)
         ctx.scale, ctx.softcap, ctx.shape = scale, softcap, q.shape
         return output.view(*q.shape[:2], v.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        q, k, v, bias = ctx.saved_tensors
-        d_output = gradients[0].reshape(*q.shape[:2], v.shape[-1])
+        q, k, v, bias, output = ctx.saved_tensors
+        d_output = gradients[0].reshape(output.shape)
         probabilities, capped = _probabilities(q, k, bias, ctx.scale, ctx.softcap)
         d_v = probabilities.to(v.dtype).transpose(1, 2) @ d_output
-        # By torch's own softmax too: the sum over an output and its gradient would do, were outputs kept for it.
-        d_probabilities = (d_output @ v.transpose(1, 2)).float()
-        d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, torch.float32)
+        d_scores = (d_output @ v.transpose(1, 2)).float()
+        d_scores -= (d_output.float() * output.float()).sum(-1, keepdim=True)
+        d_scores *= probabilities
         if capped is not None:
             d_scores *= 1 - (capped / ctx.softcap).square_()
         product = d_scores.mul_(ctx.scale).to(q.dtype)
