@@ -33,6 +33,7 @@ from llmtk.reporting.console import Console
 from llmtk.reporting.records import Records
 from llmtk.reporting.speed import Speed
 from llmtk.scoring import Scorer, Scores
+from llmtk.scoring.kept import keep_less
 from llmtk.training import checkpoints, loop, optimizers, snapshot
 from llmtk.training.backend import Backend
 from llmtk.training.evaluation import eval_mode, evaluate
@@ -629,7 +630,8 @@ class Run:
         if model is None:
 
             def policy(**inputs: Any) -> Any:
-                output = self.backend.wrapped(**inputs)
+                with keep_less(self.device, len(batch.tokens)):
+                    output = self.backend.wrapped(**inputs)
                 self.router.hear(output, batch)
                 return output
 

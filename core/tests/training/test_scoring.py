@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from llmtk import Batch, Group, Models, Round, Sequence
-from llmtk.scoring import Scorer, choose
+from llmtk.scoring import Scorer, choose, kept
 
-from .kit import GPT2, Lm, group_of, make
+from .kit import GPT2, Lm, assert_same_run, group_of, make
 
 ALSO = ("entropy", "vocab_mean", "top1")
 
@@ -274,3 +274,19 @@ def test_a_window_without_rows_has_scores_without_values(tmp_path):
     for found in stage.found:
         assert found.logps.shape == found.entropy.shape == (0,)
         assert found.vocab_mean is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_run_that_keeps_less_is_the_same_to_the_bit(tmp_path, monkeypatch, checkpointing):
+    def trained(name):
+        run = make(tmp_path / name, bf16=True, gradient_checkpointing=checkpointing)
+        run.train()
+        return run
+
+    usual = trained("usual")
+    asked = []
+    made_again = kept._made_again
+    monkeypatch.setattr(kept, "FEW", 0)
+    monkeypatch.setattr(kept, "_made_again", lambda *given: asked.append(made_again(*given)) or asked[-1])
+    assert_same_run(trained("less"), usual)
+    assert any(asked)

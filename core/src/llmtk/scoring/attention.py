@@ -27,6 +27,8 @@ PREFIX = "llmtk_"
 
 LONG = 768
 """Keys from which torch's own kernel is faster on a CPU than attention written out."""
+MASK = 256
+"""Masks are kept in multiples of this many keys."""
 
 
 def register(implementation: str) -> str:
@@ -186,8 +188,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, s
     windowed = window is not None and keys > window
     plain = queries == keys and not windowed
     if _is_native(q, queries, keys, window, softcap) or (keys >= LONG and not softcap):
-        # Not from the cache, which 256 masks of this size would make larger than the model.
-        mask = None if plain else _bias.__wrapped__(queries, keys, window, q.device).to(q.dtype)
+        mask = None if plain else _bias(queries, keys, window, q.device).to(q.dtype)
         attended: Tensor = F.scaled_dot_product_attention(
             q[None],
             k[None],
@@ -199,8 +200,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, s
         )
         return attended[0]
     written: Any = _Written.apply
-    bias = _bias(queries, keys, window if windowed else None, q.device)
-    return written(q, k, v, bias, scale, softcap)  # type: ignore[no-any-return]
+    # The corner of a mask that many lengths share: one for each length would pile up over a run.
+    square = _square(-(-keys // MASK) * MASK, window if windowed else None, q.device)
+    return written(q, k, v, square[keys - queries : keys, :keys], scale, softcap)  # type: ignore[no-any-return]
 
 
 def _is_native(q: Tensor, queries: int, keys: int, window: int | None, softcap: float) -> bool:
@@ -209,18 +211,22 @@ def _is_native(q: Tensor, queries: int, keys: int, window: int | None, softcap: 
     return plain and q.dtype == torch.float32
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=8)
+def _square(length: int, window: int | None, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a later backward pass may use it
+        return _bias(length, length, window, device)
+
+
 def _bias(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """Return (queries, keys): 0, or minus infinity for keys a query must not see. The queries are the last keys."""
-    with torch.inference_mode(False):  # a later backward pass may use it
-        at = torch.arange(keys - queries, keys, device=device)[:, None]
-        key = torch.arange(keys, device=device)[None]
-        unseen = (key > at) if window is None else (key > at) | (key <= at - window)
-        return torch.zeros(queries, keys, device=device).masked_fill_(unseen, -torch.inf)
+    at = torch.arange(keys - queries, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)[None]
+    unseen = (key > at) if window is None else (key > at) | (key <= at - window)
+    return torch.zeros(queries, keys, device=device).masked_fill_(unseen, -torch.inf)
 
 
 class _Written(torch.autograd.Function):
-    """Attention written out, for short segments: probabilities are computed again in the backward pass, not kept."""
+    """Attention written out, for short segments: the backward pass computes probabilities and outputs again."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, softcap: float) -> Tensor:
@@ -228,16 +234,18 @@ class _Written(torch.autograd.Function):
         grouped = q.reshape(k.shape[0], -1, q.shape[-1])
         probabilities, _ = _probabilities(grouped, k, bias, scale, softcap)
         output = probabilities.to(v.dtype) @ v
-        ctx.save_for_backward(grouped, k, v, bias, output)
+        ctx.save_for_backward(grouped, k, v, bias)
         ctx.scale, ctx.softcap, ctx.shape = scale, softcap, q.shape
         return output.view(*q.shape[:2], v.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        q, k, v, bias, output = ctx.saved_tensors
-        d_output = gradients[0].reshape(output.shape)
+        q, k, v, bias = ctx.saved_tensors
+        d_output = gradients[0].reshape(*q.shape[:2], v.shape[-1])
         probabilities, capped = _probabilities(q, k, bias, ctx.scale, ctx.softcap)
-        d_v = probabilities.to(v.dtype).transpose(1, 2) @ d_output
+        weights = probabilities.to(v.dtype)
+        output = weights @ v
+        d_v = weights.transpose(1, 2) @ d_output
         d_scores = (d_output @ v.transpose(1, 2)).float()
         d_scores -= (d_output.float() * output.float()).sum(-1, keepdim=True)
         d_scores *= probabilities

@@ -107,11 +107,11 @@ class _FusedHead(torch.autograd.Function):
         for start, stop in _tiles(len(hidden), len(weight)):
             logits = _logits(hidden, weight, bias, start, stop, ctx.shape)
             log_probability = logits - lse[:, None]
-            d_logits = log_probability.exp()
             if d_entropy is None:
-                d_logits *= d_probability[:, None]
+                d_logits = log_probability.exp_().mul_(d_probability[:, None])
             else:
                 # dH/dz_v = -p_v (log p_v + H)
+                d_logits = log_probability.exp()
                 d_logits *= d_probability[:, None] - d_entropy[:, None] * (log_probability + entropy[:, None])
             if d_mean is not None:
                 d_logits += (d_mean / len(weight))[:, None]
