@@ -281,6 +281,34 @@ def test_an_untrained_policy_has_zero_rewards_and_the_gradient_of_theory(tmp_pat
     assert float((gradient.double() - wanted).norm() / wanted.norm()) < 1e-5
 
 
+def test_a_continued_adapters_reference_is_the_adapter_as_it_was(tmp_path: Path) -> None:
+    """Not its base, from which it has gone far; so the first loss is ln 2."""
+    start = make(tmp_path / "start")
+    start.evaluate()
+    start.save(tmp_path / "base")
+
+    def on(model: Path, folder: str, **sections: Any) -> Run:
+        train = {"bf16": False, "max_steps": 4, "learning_rate": 0.05, "logging_steps": 1}
+        return Run(
+            "dpo",
+            model={"name_or_path": str(model)},
+            data={"train": ROWS, "eval": ROWS},
+            train=train,
+            output_dir=str(tmp_path / folder),
+            **sections,
+        )
+
+    first = on(tmp_path / "base", "first", peft={"r": 4})
+    first.train()
+    assert first.evaluate()["loss"] < math.log(2) - 0.1
+    again = on(tmp_path / "first", "again")
+    untrained = again.evaluate()
+    assert untrained["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert untrained["rewards/margins"] == untrained["kl"] == 0
+    again.train()
+    assert again.evaluate()["loss"] != untrained["loss"]
+
+
 def log_prob(model: Any, row: dict[str, Any], name: str) -> Any:
     ids = torch.tensor(row["prompt_ids"] + row[f"{name}_ids"])
     targets = torch.tensor([False] * len(row["prompt_ids"]) + row[f"{name}_targets"])

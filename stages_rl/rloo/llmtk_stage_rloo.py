@@ -19,9 +19,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from llmtk_rl.advantages import group_std, k1, k3, leave_one_out
+from llmtk_rl.advantages import EPSILON, k1, k3, leave_one_out
 from llmtk_rl.demo import reinforcement_demo
-from llmtk_rl.losses import Clipping, clipped
+from llmtk_rl.losses import Clipping, clip_ratios, clipped
+from llmtk_rl.rollouts import mean_and_std
 from llmtk_rl.stage import BetaOptions, ReinforcementStage, policy_metrics
 from pydantic import Field
 
@@ -46,7 +47,7 @@ class ReinforceLeaveOneOut(ReinforcementStage):
         epsilon: float = Field(0.2, ge=0, lt=1)
         """Ratios count from 1 - epsilon to 1 + epsilon."""
         normalize_advantages: bool = False
-        """Divide advantages by the standard deviation of their group."""
+        """Bring the advantages of a round, on all ranks, to a mean of 0 and a standard deviation of 1."""
 
     def check(self, run: RunView) -> None:
         super().check(run)
@@ -71,8 +72,8 @@ class ReinforceLeaveOneOut(ReinforcementStage):
             rewards = rewards - self.options.beta * batch.sum_by_sequence(k1(old, reference))
         advantages = leave_one_out(rewards, batch.sequence_group, len(batch))
         if self.options.normalize_advantages:
-            spread = group_std(rewards, batch.sequence_group, len(batch))
-            advantages = advantages / (spread[batch.sequence_group] + 1e-4)
+            mean, std = mean_and_std(run, advantages)
+            advantages = (advantages - mean) / (std + EPSILON)
         metrics["advantages/mean"] = Mean(advantages.sum(), len(advantages))
         metrics["advantages/abs"] = Mean(advantages.abs().sum(), len(advantages))
         return batch.with_columns(per_sequence={"advantages": advantages})
@@ -83,14 +84,13 @@ class ReinforceLeaveOneOut(ReinforcementStage):
         old = batch.per_target.get("old_logps", scores.logps.detach())
         advantages = batch.per_sequence["advantages"]
         ratio = batch.sum_by_sequence(scores.logps - old).exp()
-        surrogate = clipped(ratio, advantages, Clipping(o.epsilon, o.epsilon))
+        clipping = Clipping(o.epsilon, o.epsilon)
+        surrogate = clipped(ratio, advantages, clipping)
         # An answer that is masked has no tokens left, and its ratio is 1, without a gradient; it counts nowhere.
         counts = batch.target_counts > 0
         terms = {"policy": Term(torch.where(counts, surrogate, 0.0).sum(), per="sequences")}
 
-        limited = counts & torch.where(advantages > 0, ratio > 1 + o.epsilon, ratio < 1 - o.epsilon)
-        metrics = policy_metrics(self, batch, scores, old)
-        metrics["clip_ratio/region_mean"] = Mean(limited.sum(), counts.sum())
+        metrics = policy_metrics(self, batch, scores, old) | clip_ratios(ratio[counts], advantages[counts], clipping)
         if o.beta and o.kl_in == "loss":
             kl = k3(scores.logps, batch.per_target["reference_logps"])
             metrics["kl"] = Mean(kl.detach().sum(), len(kl))

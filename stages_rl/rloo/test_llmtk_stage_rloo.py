@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,7 +55,10 @@ def of_stage(options: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, float]]
     columns = {"old_logps": OLD, "reference_logps": REFERENCE, "sampled_logps": OLD}
     rewards = {"rewards": torch.tensor(REWARDS, dtype=torch.float64)}
     logps = LOGPS.clone().requires_grad_()
-    run: Any = SimpleNamespace(score=lambda batch, also, temperature: Scores(batch, logps, entropy=-logps))
+    run: Any = SimpleNamespace(
+        score=lambda batch, also, temperature: Scores(batch, logps, entropy=-logps),
+        sum_over_ranks=lambda values: values,
+    )
     metrics: dict[str, Any] = {}
     window = stage.with_advantages(
         run, Batch.collate(groups).with_columns(per_target=columns, per_sequence=rewards), metrics
@@ -75,23 +79,25 @@ def by_hand(o: dict[str, Any]) -> tuple[Tensor, Tensor]:
         r - (beta * float((OLD[span] - REFERENCE[span]).sum()) if in_reward else 0)
         for r, span in zip(REWARDS, spans, strict=True)
     ]
-    losses = []
+    advantages = []
     for group in ([0, 1], [2, 3, 4]):
         for i in group:
             others = [rewards[j] for j in group if j != i]
-            a = rewards[i] - sum(others) / len(others)
-            if o.get("normalize_advantages"):
-                a /= float(torch.tensor([rewards[j] for j in group], dtype=torch.float64).std()) + 1e-4
-            if not ANSWERS[i]:
-                continue
-            ratio = (logps[spans[i]].sum() - OLD[spans[i]].sum()).exp()
-            limited = min(ratio, 1 + EPS) if a > 0 else max(ratio, 1 - EPS)
-            loss = -a * limited
-            if beta and not in_reward:
-                for t in range(spans[i].start, spans[i].stop):
-                    apart = REFERENCE[t] - logps[t]
-                    loss = loss + beta * (logps[t] - OLD[t]).exp() * (apart.exp() - apart - 1)
-            losses.append(loss)
+            advantages.append(rewards[i] - sum(others) / len(others))
+    if o.get("normalize_advantages"):
+        mean, std = statistics.mean(advantages), statistics.stdev(advantages)
+        advantages = [(a - mean) / (std + 1e-4) for a in advantages]
+    losses = []
+    for a, span in zip(advantages, spans, strict=True):
+        if span.start == span.stop:
+            continue
+        ratio = (logps[span].sum() - OLD[span].sum()).exp()
+        loss = -a * (min(ratio, 1 + EPS) if a > 0 else max(ratio, 1 - EPS))
+        if beta and not in_reward:
+            for t in range(span.start, span.stop):
+                apart = REFERENCE[t] - logps[t]
+                loss = loss + beta * (logps[t] - OLD[t]).exp() * (apart.exp() - apart - 1)
+        losses.append(loss)
     loss = sum(losses) / len(losses)
     assert isinstance(loss, Tensor)
     (found,) = torch.autograd.grad(loss, logps)

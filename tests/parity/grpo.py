@@ -21,16 +21,12 @@ Where llmtk differs by choice, which is shown at the end:
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections import defaultdict
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
-from peers import peer_environment  # noqa: E402  # the benchmarks' folder is no package
+from peer import answered, ask, difference
 
 GROUPS, SIZE, ROOM = 8, 4, 12
 TOLERANCE = 1e-6
@@ -72,20 +68,11 @@ def cases() -> list[Case]:
 
 def main() -> None:
     """Compare, print a table, and end with an error if anything differs."""
-    if sys.argv[1:] == ["--worker"]:
-        json.dump(trl_side(json.load(sys.stdin)), sys.stdout)
-        return
-    try:
-        python = peer_environment()
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"skipped: TRL 1.16.0 is absent and could not be installed ({error})")
+    if answered(trl_side):
         return
     data, wanted = numbers(), cases()
     question = {"data": data, "cases": [theirs for _, theirs in wanted]}
-    done = subprocess.run([python, __file__, "--worker"], input=json.dumps(question), capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"TRL failed:\n{done.stderr[-4000:]}")
-    answers = json.loads(done.stdout)
+    answers = ask(__file__, question)
 
     print(f"{'options':84} {'loss':>12} {'difference':>11} {'of gradients':>13} {'of metrics':>11}")
     worst = 0.0
@@ -102,15 +89,6 @@ def main() -> None:
     if not worst <= TOLERANCE:
         sys.exit(f"llmtk and TRL differ by {worst:.1e}, more than {TOLERANCE}")
     print(f"llmtk and TRL agree to {worst:.1e}")
-
-
-def difference(ours: Any, theirs: Any) -> float:
-    """Return how far numbers, or lists or tables of them, are apart, relative to their size where that is over 1."""
-    if isinstance(ours, dict):
-        return max(difference(ours[name], theirs[name]) for name in ours)
-    if isinstance(ours, list):
-        return max(difference(a, b) for a, b in zip(ours, theirs, strict=True))
-    return float(abs(ours - theirs) / max(1.0, abs(theirs)))
 
 
 def numbers() -> dict[str, Any]:
@@ -157,17 +135,22 @@ def by_choice(data: dict[str, Any], answers: dict[str, Any]) -> float:
 # llmtk's side
 
 
-def window(data: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the stage and the window of all completions, laid out as of rows that bring theirs."""
+def stage_of(options: dict[str, Any]) -> Any:
+    """Return the stage with these options."""
+    from llmtk_stage_grpo import GroupRelativePolicyOptimization as Grpo
+
+    settings = {"rewards": "exact_match", "num_iterations": 2, "max_completion_length": ROOM, **options}
+    return Grpo(Grpo.Options(**settings))
+
+
+def window(data: dict[str, Any], stage: Any) -> Any:
+    """Return a stage's window of all completions, laid out as of rows that bring theirs."""
     import torch
     from llmtk_rl.rollouts import Rollout, batch_of
-    from llmtk_stage_grpo import GroupRelativePolicyOptimization as Grpo
 
     from llmtk import Completion
     from llmtk.generation import Segment
 
-    settings = {"rewards": "exact_match", "num_iterations": 2, "max_completion_length": ROOM, **options}
-    stage = Grpo(Grpo.Options(**settings))
     rollouts = []
     for start in range(0, GROUPS * SIZE, SIZE):
         mine = range(start, start + SIZE)
@@ -179,14 +162,14 @@ def window(data: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
         reward = torch.tensor([data["rewards"][i] for i in mine], dtype=torch.float64)
         row = {"prompt_ids": [1], "place": f"row {start}"}
         rollouts.append(Rollout(str(start), row, written, [""] * SIZE, reward[:, None], reward))
-    return stage, batch_of(rollouts, stage.options)
+    return batch_of(rollouts, stage.options)
 
 
 def advantages(data: dict[str, Any], scale: str) -> list[float]:
     """Return the advantages (completions,) that the stage makes of the rewards."""
     run: Any = SimpleNamespace(sum_over_ranks=lambda values: values)
-    stage, batch = window(data, {"scale_rewards": scale})
-    return list(stage.with_advantages(run, batch, {}).per_sequence["advantages"].tolist())
+    stage = stage_of({"scale_rewards": scale})
+    return list(stage.with_advantages(run, window(data, stage), {}).per_sequence["advantages"].tolist())
 
 
 def llmtk_side(data: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -195,9 +178,9 @@ def llmtk_side(data: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
 
     from llmtk.scoring import Scores
 
-    stage, batch = window(data, options)
+    stage = stage_of(options)
     run: Any = SimpleNamespace(sum_over_ranks=lambda values: values)
-    batch = stage.with_advantages(run, batch, {})
+    batch = stage.with_advantages(run, window(data, stage), {})
     counts = [index >= data.get("masked", 0) for index in range(len(data["policy"]))]
 
     def flat(key: str) -> torch.Tensor:
@@ -309,7 +292,7 @@ def stand_in(metrics: Any, scores: Any, settings: dict[str, Any]) -> Any:
         model=SimpleNamespace(training=True),
         _metrics=metrics,
         _get_per_token_logps_and_entropies=lambda *_, **__: scores(),
-        loss_type=s["loss_type"],
+        loss_type=s.get("loss_type"),
         importance_sampling_level=s["importance_sampling_level"],
         beta=s["beta"],
         epsilon_low=s["epsilon"],

@@ -5,23 +5,19 @@
 TRL's trainer computes its loss, with a model that answers given log-probs; so does the stage. Both get the same KL:
 there the two differ by choice. TRL shifts completions by one among the rows of a device's micro-batch as they stand in
 the data, and averages the ranks' means; we draw a derangement of the whole window's, on all ranks, which no cut and no
-order of the window changes. TRL lives in a virtual environment of its own, .venv-trl, which tests/benchmarks/peers.py
-makes; where it is absent, this script says so and ends.
+order of the window changes. TRL runs in the environment that the benchmarks use (.venv-trl, made on the first call;
+without it the comparison is skipped).
 """
 
 from __future__ import annotations
 
-import json
-import math
-import subprocess
 import sys
 from collections import defaultdict
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-PEER = ROOT / ".venv-trl"
+from peer import answered, ask, difference
+
 NEAR = 1e-6
 ROWS, TOKENS = 7, 5
 
@@ -31,18 +27,10 @@ Answer = dict[str, Any]
 
 def main() -> None:
     """Compare all cases, and print the largest distances; exit code 1 where one is too large."""
-    if sys.argv[1:] == ["--worker"]:
-        print(json.dumps([trl(case) for case in json.load(sys.stdin)]))
-        return
-    if not (PEER / ".made").exists():
-        print(f"skipped: TRL is absent; `python {ROOT / 'tests/benchmarks/peers.py'}` makes {PEER}")
+    if answered(lambda cases: [trl(case) for case in cases]):
         return
     cases = make_cases()
-    command = [str(PEER / "bin" / "python"), __file__, "--worker"]
-    done = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr[-4000:])
-    theirs = json.loads(done.stdout.splitlines()[-1])
+    theirs = ask(__file__, cases)
     distances = [compare(llmtk(case), answer) for case, answer in zip(cases, theirs, strict=True)]
     for case, distance in zip(cases, distances, strict=True):
         said = f"beta {case['beta']}, weights {case['weights']}, KL {case['kl']:+.1f}, labels {case['labels']}"
@@ -158,12 +146,12 @@ def compare(ours: Answer, theirs: Answer) -> float:
     """Return the largest distance, relative to the numbers where they are over 1. Both must have the same metrics."""
     names = {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"}
     assert names & ours["metrics"].keys() == names & theirs["metrics"].keys()
-    pairs = [(ours["loss"], theirs["loss"])]
-    pairs += [(ours["metrics"][name], theirs["metrics"][name]) for name in sorted(names & ours["metrics"].keys())]
-    for mine, other in zip(ours["gradient"], theirs["gradient"], strict=True):
-        pairs += zip(mine, other, strict=True)
-    assert all(math.isfinite(value) for pair in pairs for value in pair)
-    return max(abs(a - b) / max(1.0, abs(b)) for a, b in pairs)
+    compared = {name: ours["metrics"][name] for name in names & ours["metrics"].keys()}
+    return max(
+        difference(ours["loss"], theirs["loss"]),
+        difference(compared, theirs["metrics"]),
+        difference(ours["gradient"], theirs["gradient"]),
+    )
 
 
 if __name__ == "__main__":

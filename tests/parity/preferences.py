@@ -19,17 +19,13 @@ Where llmtk differs by choice, and what is compared instead:
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections import defaultdict
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
-from peers import peer_environment  # noqa: E402  # the benchmarks' folder is no package
+from peer import answered, ask, difference
 
 PAIRS = 64
 TOLERANCE = 1e-6
@@ -80,27 +76,17 @@ def cases() -> list[Case]:
 
 def main() -> None:
     """Compare, print a table, and end with an error if anything differs."""
-    if sys.argv[1:] == ["--worker"]:
-        json.dump(trl_side(json.load(sys.stdin)), sys.stdout)
-        return
-    try:
-        python = peer_environment()
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"skipped: TRL 1.16.0 is absent and could not be installed ({error})")
+    if answered(trl_side):
         return
     data, wanted = log_probs(), cases()
     question = {"data": data, "cases": [case[2:] for case in wanted], "certain": [0.0, -1e-8, -1e-3]}
-    done = subprocess.run([python, __file__, "--worker"], input=json.dumps(question), capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"TRL failed:\n{done.stderr[-4000:]}")
-    answers = json.loads(done.stdout)
+    answers = ask(__file__, question)
 
     print(f"{'stage and options':84} {'loss':>12} {'difference':>11} {'of gradients':>13}")
     worst = 0.0
     for (stage, options, *_), theirs in zip(wanted, answers["cases"], strict=True):
         ours = llmtk_side(data, stage, options)
-        apart = abs(ours["loss"] - theirs["loss"]) / max(1.0, abs(theirs["loss"]))
-        by_token = max(abs(a - b) for a, b in zip(ours["gradient"], theirs["gradient"], strict=True))
+        apart, by_token = (difference(ours[key], theirs[key]) for key in ("loss", "gradient"))
         print(f"{stage + ' ' + json.dumps(options):84} {ours['loss']:12.6f} {apart:11.1e} {by_token:13.1e}")
         worst = max(worst, apart, by_token)
     certainty(question["certain"], answers["certain"])
