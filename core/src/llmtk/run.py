@@ -153,6 +153,7 @@ class Run:
             return self._train()
         except BaseException as caught:
             error = caught
+            self._say_what_stands(caught)
             raise
         finally:
             if self._is_set_up:
@@ -555,6 +556,16 @@ class Run:
             raise ConfigurationError(f"{asked[0]} needs evaluation data: give data.eval, a share (0.1) or a file")
 
     # Training
+
+    def _say_what_stands(self, error: BaseException) -> None:
+        """Say how to go on after a failure in training. Who stopped the run by a signal is told by the error itself."""
+        if not self._is_set_up or isinstance(error, Interrupted):
+            return
+        if found := checkpoints.list_checkpoints(self.checkpoints):
+            self.notify(
+                f"The checkpoint of step {found[-1][0]} stands. Go on from it, once the cause is mended: "
+                f"llmtk run {self.stage_name} output_dir={self.output_dir} --resume auto"
+            )
 
     def _train(self) -> Result:
         config = self.config.train

@@ -28,9 +28,16 @@ class Records:
         self._folder = folder
 
     def write(self, file: str, line: Mapping[str, Any]) -> None:
-        """Append a line. Numbers that JSON does not know (NaN, infinity) become null."""
-        with self._path(file).open("a") as stream:
-            stream.write(json.dumps(_jsonable(line), allow_nan=False) + "\n")
+        """Append a line. Numbers that JSON does not know (NaN, infinity) become null.
+
+        CheckpointError where it cannot be written.
+        """
+        path = self._path(file)
+        try:
+            with path.open("a") as stream:
+                stream.write(json.dumps(_jsonable(line), allow_nan=False) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
 
     def read(self, file: str) -> list[dict[str, Any]]:
         """Return all lines."""

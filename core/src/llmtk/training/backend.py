@@ -21,6 +21,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -170,6 +171,8 @@ class Backend:
         except Exception as caught:
             failure = caught
         told = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if isinstance(failure, OSError | SafetensorError):
+            raise error(f"{what} failed: {failure}") from failure
         if failure is not None:
             raise failure
         if any(told):
