@@ -1,5 +1,5 @@
 # Each target sets up what it needs in .venv, once; again when a pyproject.toml or constraints.txt has changed.
-.PHONY: help demo test test-slow lint bench parity wheels
+.PHONY: help demo test test-slow lint docs bench parity wheels
 .NOTPARALLEL:
 
 PYTHON ?= python3
@@ -17,6 +17,7 @@ help:
 	@echo "make test       run the tests, all but the slow ones"
 	@echo "make test-slow  run the slow tests"
 	@echo "make lint       check style and types"
+	@echo "make docs       build the documentation's site into build/site"
 	@echo "make bench      run the benchmarks, which takes half an hour or more"
 	@echo "make parity     compare with other implementations"
 	@echo "make wheels     build every distribution into dist/"
@@ -36,9 +37,13 @@ lint: $(VENV)/.developed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(SOURCES)
 
+docs: $(VENV)/.documented
+	$(BIN)/mkdocs build --quiet
+
 bench: $(VENV)/.developed
 	$(BIN)/python tests/benchmarks/startup.py
 	$(BIN)/python tests/benchmarks/loop.py
+	$(BIN)/python tests/benchmarks/resume.py
 	$(BIN)/python tests/benchmarks/profile_step.py
 	$(BIN)/python tests/benchmarks/memory.py
 	$(BIN)/python tests/benchmarks/generation.py
@@ -72,4 +77,8 @@ $(VENV)/.developed: $(VENV)/.used $(PROJECTS:%=%/pyproject.toml)
 	@echo "Installing the tools of development and every distribution into $(VENV)"
 	@$(PIP) $(TOOLS)
 	@$(PIP) --no-build-isolation $(PROJECTS:%=-e %)
+	@touch $@
+
+$(VENV)/.documented: $(VENV)/.developed
+	@$(PIP) mkdocs-material
 	@touch $@

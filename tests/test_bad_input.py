@@ -112,17 +112,17 @@ def nan_learning_rate(folder: Path) -> list[str]:
     return sft(folder, "train.learning_rate=.nan")
 
 
-@case("Python object in YAML", "run.yaml:1", "python/object")
+@case("Python object in YAML", "run.yaml, line 1", "python/object")
 def python_object(folder: Path) -> list[str]:
     return config(folder, "model: !!python/object/apply:os.system ['touch hacked']\n")
 
 
-@case("duplicate key in YAML", "run.yaml:3", "max_steps", "twice")
+@case("duplicate key in YAML", "run.yaml, line 3", "max_steps", "twice")
 def duplicate_key(folder: Path) -> list[str]:
     return config(folder, "train:\n  max_steps: 1\n  max_steps: 2\n")
 
 
-@case("unknown stage", "sftt", "'sft'", "list-stages")
+@case("unknown stage", "sftt", "'sft'", "Installed stages: ", "pip install llmtk-stage-sftt")
 def unknown_stage(folder: Path) -> list[str]:
     return ["run", "sftt"]
 
@@ -130,6 +130,11 @@ def unknown_stage(folder: Path) -> list[str]:
 @case("stage that is not installed", "nosuch", "llmtk-stage-nosuch")
 def absent_stage(folder: Path) -> list[str]:
     return ["run", "nosuch"]
+
+
+@case("secret in the configuration itself", "generation.options.api_key", "environment variable", "${API_KEY}")
+def literal_secret(folder: Path) -> list[str]:
+    return sft(folder, "generation.engine=other", "generation.options.api_key=sk-0123456789")
 
 
 # Data
@@ -187,19 +192,10 @@ def all_dropped(folder: Path) -> list[str]:
 # Models and tokenizers
 
 
-@case("token id beyond the vocabulary", "tokenizer", "embeddings")
+@case("token id beyond the vocabulary", "rows.jsonl:2", "completion_ids", "from 0 to")
 def token_beyond_vocabulary(folder: Path) -> list[str]:
-    from safetensors.torch import load_file, save_file
-
-    model = copied_model(folder)
-    settings = json.loads((model / "config.json").read_text())
-    settings["vocab_size"] -= 8
-    (model / "config.json").write_text(json.dumps(settings))
-    weights = load_file(model / "model.safetensors")
-    vocabulary = settings["vocab_size"] + 8
-    cut = {name: w[:-8].clone() if len(w) == vocabulary else w for name, w in weights.items()}
-    save_file(cut, model / "model.safetensors", {"format": "pt"})
-    return ["data", "check", *sft(folder, model=model)[1:]]
+    rows = [{"prompt": "1 + 1 =", "completion_ids": [[5, token]], "rewards": [1.0]} for token in (6, 10**6)]
+    return ["run", "grpo", *sft(folder, rows=write(folder / "rows.jsonl", *rows))[2:]]
 
 
 @case("no chat template", "chat template", "data.template")
@@ -325,8 +321,8 @@ def plugin_with_a_stages_hook(folder: Path) -> list[str]:
 @case("misspelt hook", "step_finishd", "step_finished")
 def misspelt_hook(folder: Path) -> list[str]:
     module = PLUGIN.format(hook="step_finishd(self, run, step)")
-    install(folder, "llmtk-plugin-toy", "[llmtk.plugins]\ntoy = llmtk_plugin_toy:Plugin\n", module)
-    return sft(folder, "plugins.toy={}")
+    install(folder, "llmtk-plugin-other", "[llmtk.plugins]\nother = llmtk_plugin_other:Plugin\n", module)
+    return sft(folder, "plugins.other={}")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -354,16 +350,23 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-SECRETS = {"HF_TOKEN": "hf_abcdefghijklmnop", "WANDB_API_KEY": "0123456789abcdef0123"}
+SECRETS = {"HF_TOKEN": "hf_abcdefghijklmnop", "WANDB_API_KEY": "0123456789abcdef0123", "DB_PASSWORD": 'a"\\\\b: #c%'}
 
 
-def test_secrets_reach_no_file_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_of_the_environment_reach_no_file_of_a_run_and_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
-    assert call(sft(tmp_path, "train.run_name=${HF_TOKEN}", "train.logging_steps=1")) in (0, 2)
-    for file, content in contents(tmp_path / "run").items():
+    words = sft(tmp_path, "train.run_name=mine-${HF_TOKEN}", "model.revision=${WANDB_API_KEY}-${DB_PASSWORD}")
+    assert call(words) == 0
+    files = contents(tmp_path / "run")
+    assert b"mine-${HF_TOKEN}" in files[tmp_path / "run" / "config.yaml"]
+    for file, content in files.items():
         for value in SECRETS.values():
             assert value.encode() not in content, file
+            assert json.dumps(value)[1:-1].encode() not in content, file
+    assert call([*words, "train.max_steps=2", "--resume"]) == 0
 
 
 def main() -> None:

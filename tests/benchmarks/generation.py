@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peers import SHAPE
+from sides.workload import SHAPE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtk import scoring

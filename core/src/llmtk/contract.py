@@ -94,7 +94,12 @@ class RunView(Protocol):
     """The trainable root, not wrapped. To compute with it, use `score`, which enters through the wrapped one."""
     frozen: dict[str, nn.Module]
     tokenizer: PreTrainedTokenizerBase
+    train_rows: Dataset
     eval_rows: Dataset | None
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the data order."""
 
     @property
     def device(self) -> torch.device:

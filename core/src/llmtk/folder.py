@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from llmtk.config.reading import merge, read_file
+from llmtk.config.secrets import concealed
 from llmtk.errors import CheckpointError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class RunFolder:
         from llmtk.reporting.plot import plot_losses
 
         run.hooks.export_model(self.path)
-        (self.path / "README.md").write_text(card(run, result))
+        _replace(self.path / "README.md", card(run, result))
         plot_losses(run.records.read("metrics"), self.path.name, self.path / "loss.png")
         _write_json(self.path / RESULTS, {**result.__dict__, "stopped_by": run.state.stopped_by})
 
@@ -186,7 +187,7 @@ class RunFolder:
         self._lock.flush()
 
     def _check_same_run(self, run: Run) -> None:
-        """Refuse to go on with other settings or other data. CheckpointError lists what differs."""
+        """Refuse to go on with other settings or other data. ConfigurationError lists what differs."""
         stored = _flat(read_file(self.path / CONFIG))
         given = _flat(_settings(run))
         may_change = (*MAY_CHANGE, *(f"{run.stage_name}.{name}" for name in run.stage.may_change))
@@ -199,7 +200,7 @@ class RunFolder:
             changed.append("  the rows themselves: the data has changed since the checkpoint was written")
         if changed:
             listed = "\n".join(changed)
-            raise CheckpointError(f"the run in {self.path} cannot go on with other settings:\n{listed}")
+            raise ConfigurationError(f"the run in {self.path} cannot go on with other settings:\n{listed}")
 
     def _write_facts(self, run: Run) -> None:
         from llmtk.config.reading import to_yaml
@@ -273,10 +274,13 @@ def _write_json(file: Path, value: Any) -> None:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Write a file so that whoever dies meanwhile leaves the old one or the new one, and nothing between."""
+    """Write a file so that whoever dies meanwhile leaves the old one or the new one, and nothing between.
+
+    Secrets of the environment stay out of it.
+    """
     aside = file.with_name(f".{file.name}.new")
     with aside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
+        stream.write(concealed(text))
         stream.flush()
         os.fsync(stream.fileno())
     aside.replace(file)

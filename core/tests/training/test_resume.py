@@ -266,7 +266,7 @@ def stopped(tmp_path):
 
 def test_other_settings_are_refused_and_all_listed(stopped):
     written = (stopped / "config.yaml").read_bytes()
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(ConfigurationError) as caught:
         make(stopped, resume="auto", learning_rate=0.5, weight_decay=0.1, logging_steps=2).train()
     assert str(caught.value).splitlines()[1:] == [
         "  train.learning_rate: 0.01 -> 0.5",
@@ -280,7 +280,7 @@ def test_other_settings_are_refused_and_all_listed(stopped):
     "rows", [ROWS[::-1], [*ROWS[:-1], {"text": "another"}]], ids=["in another order", "one row changed"]
 )
 def test_other_rows_are_refused(stopped, rows):
-    with pytest.raises(CheckpointError, match="the rows themselves: the data has changed"):
+    with pytest.raises(ConfigurationError, match="the rows themselves: the data has changed"):
         make(stopped, rows=rows, resume="auto").train()
 
 

@@ -14,10 +14,14 @@ if TYPE_CHECKING:
     from llmtk.host.discovery import Offer
 
 BUILT_IN = {
+    "check": "Check that a stage keeps the contract.",
     "doctor": "Check the installation, and how a model is scored.",
     "evaluate": "Evaluate a finished run's model.",
     "list-plugins": "List installed plugins, rewards, metrics, generators and commands.",
     "list-stages": "List installed training methods.",
+    "new-plugin": "Write a distribution with a plugin of your own.",
+    "new-reward": "Write a distribution with a reward of your own.",
+    "new-stage": "Write a distribution with a stage of your own.",
     "run": "Train.",
     "schema": "Print the JSON Schema of a stage's configuration.",
     "show": "Show what a stage does, and every option with its default.",

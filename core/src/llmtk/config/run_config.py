@@ -15,6 +15,7 @@ from pydantic_core import PydanticSerializationError
 
 from llmtk.config.problems import explain, failure, shown
 from llmtk.config.reading import dotted, merge, to_yaml
+from llmtk.config.secrets import literal_secrets
 from llmtk.config.sections import (
     DataConfig,
     GenerationConfig,
@@ -142,7 +143,11 @@ def resolve(stage_name: str, stage_class: type[Stage], *layers: Mapping[str, Any
         raise explain(error, settings, model, mend) from None
     except RecursionError:
         raise ConfigurationError("The configuration is nested too deeply.") from None
-    problems = [*_truth_as_number(settings, config), *_not_honoured(stage_name, stage_class, config)]
+    problems = [
+        *_truth_as_number(settings, config),
+        *_not_honoured(stage_name, stage_class, config),
+        *literal_secrets(settings),
+    ]
     if problems:
         raise failure(problems, mend)
     config._given = given

@@ -1,0 +1,35 @@
+"""`llmtk check`."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("check")
+@click.argument("stage")
+@click.option("--only", "only", multiple=True, metavar="CHECK", help="This check alone. May be given several times.")
+@click.option("--no-demo", is_flag=True, help="Leave the demo out, which may take a minute by itself.")
+def command(stage: str, only: tuple[str, ...], no_demo: bool) -> int:
+    """Check that a stage keeps the contract: on two ranks, resumed, cut and shuffled, packed and padded.
+
+    STAGE is an installed one's name. Ends with exit code 1 where a check fails, and says how to mend it.
+    """
+    from rich.console import Console
+
+    from llmtk.host.discovery import find
+    from llmtk.testing import CHECKS, Verdict, outcomes
+
+    find("llmtk.stages", stage)
+    wanted = list(only) or [name for name in CHECKS if not (no_demo and name == "demo")]
+    console = Console(highlight=False)
+    failed = 0
+    styles = {Verdict.PASSED: "green", Verdict.FAILED: "bold red", Verdict.SKIPPED: "dim"}
+    for one in outcomes(stage, wanted):
+        told = f"[{styles[one.verdict]}]{one.verdict.value:8}[/]"
+        console.print(f"{told} {one.check:11} {one.title}  [dim]{one.seconds:.1f} s[/]")
+        for label, text in (("", one.message), ("Mend: ", one.mend)):
+            if text:
+                console.print(f"{label}{text}", markup=False, style="" if label else "yellow", new_line_start=True)
+        failed += one.verdict is Verdict.FAILED
+    console.print(f"{stage}: {len(wanted) - failed} of {len(wanted)} checks passed" if failed else f"{stage} conforms")
+    return 1 if failed else 0

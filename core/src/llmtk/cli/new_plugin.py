@@ -1,0 +1,15 @@
+"""`llmtk new-plugin`."""
+
+from __future__ import annotations
+
+import click
+
+from llmtk.cli.new_stage import make
+
+
+@click.command("new-plugin")
+@click.argument("name")
+@click.option("--output", metavar="FOLDER", help="Where to write it. By default llmtk-plugin-NAME.")
+def command(name: str, output: str | None) -> None:
+    """Write a distribution with a plugin of your own, ready to be installed, tested and published."""
+    make("plugin", name, output)

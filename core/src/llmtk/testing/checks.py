@@ -1,0 +1,362 @@
+"""Checks of what a stage is: how it is found, what it declares, and what its hooks give for one window."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from llmtk.batch import Batch
+from llmtk.errors import ConfigurationError
+from llmtk.host import discovery
+from llmtk.host.checks import check_stage as check_class
+from llmtk.host.hookspecs import hookimpl
+from llmtk.testing.conformance import Failure, NotApplicable, check
+from llmtk.testing.trial import Measured, Trial, distance, measure
+
+if TYPE_CHECKING:
+    from llmtk.batch import LossOutput
+    from llmtk.config.sections import Section
+    from llmtk.contract import RunView
+    from llmtk.run import Run
+
+NEAR = 1e-4
+"""How far gradients may be apart, relative to their norm: float32 in another order of sums."""
+
+
+@check(
+    "listed",
+    "it is listed without being imported",
+    'Put it into pyproject.toml: [project.entry-points."llmtk.stages"] NAME = "module:Class", with a summary as the '
+    "distribution's description and llmtk-core among its dependencies.",
+)
+def listed(trial: Trial) -> None:
+    if not isinstance(trial.given, str):
+        raise NotApplicable("it was given as a class; a name is what can be listed")
+    offer = discovery.find(discovery.STAGES, trial.given)
+    if offer.problem:
+        raise Failure(offer.problem)
+    if not offer.summary:
+        raise Failure(f"the distribution {offer.distribution} has no description, which is what the list shows")
+    module = offer.value.partition(":")[0]
+    lists = (
+        f"from llmtk.host import discovery; discovery.list_stages(); import sys; sys.exit({module!r} in sys.modules)"
+    )
+    if subprocess.run([sys.executable, "-c", lists], check=False).returncode:
+        raise Failure(f"listing the stages imports {module}")
+
+
+@check(
+    "declared",
+    "its class keeps the contract, and says what it does and where it comes from",
+    "Subclass llmtk.Stage; name hooks as docs/architecture.md does; set `summary` and `paper`; let `Options` subclass "
+    "llmtk.Section and document every option with a string below it.",
+)
+def declared(trial: Trial) -> None:
+    cls = check_class(trial.stage_class, f"stage {trial.name!r}")
+    for name in ("summary", "paper"):
+        if not getattr(cls, name):
+            raise Failure(f"it has no `{name}`")
+    for name, field in cls.Options.model_fields.items():
+        if not field.description:
+            raise Failure(f"the option {name} has no description")
+
+
+@check(
+    "options",
+    "no option is ignored",
+    "Use the option, or remove it. One that is of no use beside another option is refused in `check`, with a "
+    "ConfigurationError that names both.",
+)
+def options(trial: Trial) -> None:
+    fields = trial.stage_class.Options.model_fields
+    read = _read(trial, {})
+    for name in fields:
+        if name in read:
+            continue
+        heard = False
+        for value in itertools.islice(_other_values(trial.stage_class.Options, name), 3):
+            try:
+                heard = name in _read(trial, {name: value})
+            except ConfigurationError as refusal:
+                heard = name in str(refusal)
+            if heard:
+                break
+        if not heard:
+            raise Failure(f"the option {name} is never read, whatever it is set to")
+
+
+def _read(trial: Trial, given: dict[str, Any]) -> set[str]:
+    """Return the options that a stage reads from its making to an evaluation."""
+    run = trial.run(options=given)
+    recorded, read = _recorded(run.config.options)
+    trial.stage_class(recorded)  # what it reads as it is made
+    run.stage.options = recorded
+    run._set_up()
+    window = trial.round_of(run).windows[0]
+    measure(run, window)
+    run.evaluate()
+    return read
+
+
+def _recorded(given: Section) -> tuple[Section, set[str]]:
+    """Return options that note which of them are read, and the notes."""
+    read: set[str] = set()
+    fields = set(type(given).model_fields)
+
+    class Recorded(type(given)):  # type: ignore[misc]
+        def __getattribute__(self, name: str) -> Any:
+            if name in fields:
+                read.add(name)
+            return super().__getattribute__(name)
+
+    recorded = given.model_copy()
+    object.__setattr__(recorded, "__class__", Recorded)
+    read.clear()
+    return recorded, read
+
+
+def _other_values(options: type[Section], name: str) -> Iterator[Any]:
+    """Yield valid values of an option other than its default."""
+    field = options.model_fields[name]
+    default = field.default
+    literals = [value for part in _parts(field.annotation) if get_origin(part) is Literal for value in get_args(part)]
+    candidates = [*literals, *([not default] if isinstance(default, bool) else []), 0.5, 2, 1, 0.1, 3, True, "a"]
+    for value in candidates:
+        if value != default and _is_valid(options, name, value):
+            yield value
+        elif value != default and _is_valid(options, name, [value]):
+            yield [value]
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """Return an annotation and what it is made of."""
+    if get_origin(annotation) is Literal:
+        return [annotation]
+    return [annotation, *(part for inner in get_args(annotation) for part in _parts(inner))]
+
+
+def _is_valid(options: type[Section], name: str, value: Any) -> bool:
+    try:
+        options.model_validate({options.model_fields[name].alias or name: value})
+    except ValidationError:
+        return False
+    return True
+
+
+@check(
+    "loss",
+    "its loss is finite, and its gradient reaches every trained parameter",
+    "Return sums of what depends on run.score(batch); do not detach it, and do not compute it under torch.no_grad(). "
+    "Divide by nothing: name the weight, which prepare_batch declares in Group(weights=...).",
+)
+def loss(trial: Trial) -> None:
+    run = trial.set_up()
+    windows = trial.round_of(run).windows
+    if len(windows) != run.stage.windows_per_round:
+        raise Failure(f"its round has {len(windows)} windows; windows_per_round says {run.stage.windows_per_round}")
+    found = _any_gradient(run, windows)
+    if not torch.isfinite(torch.tensor(found.loss)):
+        raise Failure(f"the loss of its own rows is {found.loss}")
+    if not bool(torch.isfinite(found.whole).all()):
+        raise Failure("the gradient is not finite")
+    without = [name for name, part in found.gradient.items() if not part.any()]
+    if len(without) == len(found.gradient):
+        raise Failure("the gradient is zero everywhere")
+    if without:
+        raise Failure(f"no gradient reaches {len(without)} of {len(found.gradient)} parameters, such as {without[0]}")
+
+
+def _any_gradient(run: Run, windows: list[Batch]) -> Measured:
+    """Return what the first window comes to that has a gradient: a group of equal rewards has none."""
+    found = [measure(run, window) for window in windows]
+    return next((one for one in found if one.whole.any()), found[0])
+
+
+@check(
+    "pure",
+    "compute_loss is a pure function of the model and the batch",
+    "Put all that it needs into columns of the batch (per_group, per_sequence, per_target), never on `self`; draw "
+    "random numbers in prepare_batch, from run.generator(purpose); change no tensor of the batch in place.",
+)
+def pure(trial: Trial) -> None:
+    run = trial.set_up()
+    generators = _global_generators()
+    window = trial.round_of(run).windows[0]
+    before = {name: tensor.clone() for name, tensor in window.to_state("")[0].items()}
+    first, second = measure(run, window), measure(run, window)
+    with torch.no_grad():
+        run.hooks.evaluate_batch(window)
+    if drawn := [name for name, state in _global_generators().items() if state != generators[name]]:
+        raise Failure(f"it draws from the global generator of {drawn[0]}")
+    changed = [name for name, tensor in window.to_state("")[0].items() if not torch.equal(tensor, before[name])]
+    if changed:
+        raise Failure(f"compute_loss changes the batch: {', '.join(changed)}")
+    if first.loss != second.loss or not torch.equal(first.whole, second.whole):
+        raise Failure(f"the same batch gives a loss of {first.loss} and then one of {second.loss}")
+    saved = window.to_state("")
+    again = Batch.from_state("", {name: tensor.clone() for name, tensor in saved[0].items()}, saved[1])
+    other = _measured_elsewhere(trial, again)
+    if other.loss != first.loss or not torch.equal(other.whole, first.whole):
+        raise Failure(
+            f"a batch that went through a checkpoint gives another run of the same weights a loss of {other.loss}, "
+            f"instead of {first.loss}"
+        )
+
+
+def _global_generators() -> dict[str, Any]:
+    """Return the state of each generator that everybody shares."""
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": [str(part) for part in np.random.get_state(legacy=True)],
+        "python": random.getstate(),
+    }
+
+
+def _measured_elsewhere(trial: Trial, window: Batch) -> Measured:
+    """Return what a window comes to in another run of the same weights, which has not prepared it."""
+    run = trial.set_up()
+    try:
+        return measure(run, window)
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise Failure(
+            f"compute_loss needs what prepare_batch has left somewhere else than in the batch, and which a resumed run "
+            f"has not: {type(error).__name__}: {error}"
+        ) from error
+
+
+@check(
+    "cut",
+    "a window is the same however it is cut into micro-batches and shuffled",
+    "A term is a SUM over the micro-batch, never a mean, and `per` names the weight that divides it. What needs the "
+    "whole window (a mean, a sort, a baseline) is made in prepare_batch.",
+)
+def cut(trial: Trial) -> None:
+    whole, *others = _cuts(trial)
+    for how, found in others:
+        apart = distance(found.whole, whole[1].whole)
+        if abs(found.loss - whole[1].loss) > NEAR * max(abs(whole[1].loss), 1e-3) or apart > NEAR:
+            raise Failure(
+                f"as one micro-batch the loss is {whole[1].loss:.6g}, {how} it is {found.loss:.6g}, and the gradients "
+                f"are {apart:.1e} of their norm apart"
+            )
+
+
+@check(
+    "metrics",
+    "its metrics are exact means, however a window is cut",
+    "A metric is Mean(sum, count): the sum and the count of what it is a mean of, over the micro-batch. The core adds "
+    "both up over micro-batches, ranks and steps, and then divides.",
+)
+def metrics(trial: Trial) -> None:
+    (_, whole), *others = _cuts(trial)
+    for how, found in others:
+        if found.metrics.keys() != whole.metrics.keys():
+            names = sorted(found.metrics.keys() ^ whole.metrics.keys())
+            raise Failure(f"{how}, {names[0]} is among the metrics of one and not of the other")
+        for name, value in whole.metrics.items():
+            if name != "loss" and abs(found.metrics[name] - value) > NEAR * max(abs(value), 1e-2):
+                raise Failure(f"{name} is {value:.6g} of the whole window, and {found.metrics[name]:.6g} {how}")
+
+
+def _cuts(trial: Trial) -> list[tuple[str, Measured]]:
+    run = trial.set_up()
+    windows = trial.round_of(run).windows
+    window = next((window for window in windows if measure(run, window).whole.any()), windows[0])
+    groups = len(window)
+    if groups < 2:
+        raise NotApplicable("its window has one group, which is never cut")
+    parted = [range(start, min(start + 3, groups)) for start in range(0, groups, 3)]
+    shuffled = list(reversed(range(groups)))
+    shuffled = shuffled[::2] + shuffled[1::2]
+    return [
+        ("as one", measure(run, window)),
+        ("one group at a time", measure(run, window, [[group] for group in range(groups)])),
+        ("three groups at a time", measure(run, window, parted)),
+        ("shuffled and cut in two", measure(run, window, [shuffled[: groups // 2], shuffled[groups // 2 :]])),
+    ]
+
+
+@check(
+    "packed",
+    "packed and padded rows give the same",
+    "Let run.score(batch) compute every log-prob, and place values by the batch's own columns and indices "
+    "(sum_by_sequence, target_sequence), not by positions in a row.",
+)
+def packed(trial: Trial) -> None:
+    run, padded = trial.set_up(), trial.set_up(scoring="padded")
+    if not run.scorers[None].packed:
+        raise NotApplicable("the model is not scored packed here")
+    window = trial.round_of(run).windows[0]
+    one, other = measure(run, window), measure(padded, window)
+    apart = distance(one.whole, other.whole)
+    if abs(one.loss - other.loss) > NEAR * max(abs(other.loss), 1e-3) or apart > NEAR:
+        raise Failure(f"packed the loss is {one.loss:.6g}, padded {other.loss:.6g}; gradients are {apart:.1e} apart")
+
+
+class Doubled:
+    """Doubles every term of a loss."""
+
+    name = "llmtk-check-doubled"
+
+    @hookimpl
+    def around_compute_loss(self, run: RunView, batch: Batch, inner: Callable[[Batch], LossOutput]) -> LossOutput:
+        from dataclasses import replace
+
+        output = inner(batch)
+        terms = {name: replace(term, coefficient=2 * term.coefficient) for name, term in output.terms.items()}
+        return replace(output, terms=terms)
+
+
+@check(
+    "around",
+    "a plugin around compute_loss is felt, in training and evaluation",
+    "Call run.hooks.compute_loss(batch), not self.compute_loss(run, batch), wherever the stage needs its own loss; "
+    "return a LossOutput from every hook, also from one that wraps another.",
+)
+def around(trial: Trial) -> None:
+    plain, doubled = trial.set_up(), trial.set_up(plugins=[Doubled()])
+    window = trial.round_of(plain).windows[0]
+    one, two = measure(plain, window), measure(doubled, window)
+    if distance(two.whole, 2 * one.whole) > NEAR:
+        raise Failure(f"a plugin that doubles the loss makes it {two.loss:.6g} of {one.loss:.6g}")
+    once, twice = plain.evaluate()["loss"], doubled.evaluate()["loss"]
+    if abs(twice - 2 * once) > NEAR * max(abs(once), 1e-3):
+        raise Failure(f"in evaluation, a plugin that doubles the loss makes it {twice:.6g} of {once:.6g}")
+
+
+@check(
+    "stop",
+    "the stop token behind an answer is a target",
+    "Use the row's own targets, of which the stop token is one: a model that never learns to stop never stops.",
+)
+def stop(trial: Trial) -> None:
+    if trial.stage_class.head == "value":
+        raise NotApplicable("its model writes no text")
+    run = trial.set_up()
+    rows = [run.train_rows[index] for index in range(min(8, len(run.train_rows)))]
+    stops = set(run.sampling().stop_tokens)
+    if not any(_targets(row) & stops for row in rows):
+        raise NotApplicable("its rows hold no stop token as a target")
+    batch = trial.round_of(run).windows[0]
+    if not set(batch.target_tokens.tolist()) & stops:
+        raise Failure("the encoded rows hold a stop token as a target, the batch does not")
+
+
+def _targets(row: dict[str, Any]) -> set[int]:
+    """Return the tokens that an encoded row declares as targets."""
+    pairs = [("input_ids", "targets"), *((f"{n}_ids", f"{n}_targets") for n in ("chosen", "rejected", "completion"))]
+    return {
+        int(token)
+        for ids, targets in pairs
+        if row.get(targets) is not None
+        for token, wanted in zip(row[ids], row[targets], strict=True)
+        if wanted
+    }

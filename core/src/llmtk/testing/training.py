@@ -1,0 +1,194 @@
+"""Checks of how a stage trains: on two ranks, resumed, evaluated on the way, and as its demo."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmtk.errors import CheckpointError
+from llmtk.testing.checks import NEAR
+from llmtk.testing.conformance import Failure, NotApplicable, check
+from llmtk.testing.trial import ROWS, Trial, distance, where
+from llmtk.training import checkpoints
+
+if TYPE_CHECKING:
+    from llmtk.run import Run
+
+STEPS = 3
+LIMIT = 300
+"""Seconds after which two processes are taken to hang."""
+PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+PROTOCOLS = tuple(bytes([0x80, version]) for version in range(2, 6))
+"""How a pickle begins."""
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    """Return copies of what is trained, by name."""
+    return {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
+
+
+def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return tensors as one vector, by name."""
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+@check(
+    "evaluation",
+    "an evaluation changes nothing, and gives the same again",
+    "Draw from run.generator(purpose), never from a global generator; keep no count or cache on `self` that "
+    "evaluate_batch or prepare_batch moves; leave the model in the mode in which it was.",
+)
+def evaluation(trial: Trial) -> None:
+    alone = trial.run(max_steps=STEPS)
+    alone.train()
+    between = trial.run(max_steps=STEPS, eval_strategy="steps", eval_steps=1)
+    between.train()
+    apart = distance(flat(weights(between)), flat(weights(alone)))
+    if apart:
+        raise Failure(f"evaluations between the steps change what is learnt: weights are {apart:.1e} apart")
+    first, second = between.evaluate(), between.evaluate()
+    different = [name for name, value in first.items() if second.get(name) != value]
+    if different:
+        name = different[0]
+        raise Failure(f"evaluated twice, {name} is {first[name]:.6g} and then {second.get(name, float('nan')):.6g}")
+
+
+@check(
+    "resume",
+    "a run that is resumed ends bit by bit as one that never stopped",
+    "Whatever the next step depends on belongs into the batch, into a generator of run.generator(purpose), or into "
+    "extra_checkpoint_state and restore_checkpoint_state, as tensors and JSON by name.",
+)
+def resume(trial: Trial) -> None:
+    steps = max(STEPS, trial.run().stage.windows_per_round + 1)
+    saved: dict[str, Any] = {"max_steps": steps, "save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
+    whole = trial.run(folder=trial.folder / "resumed", **saved)
+    whole.train()
+    wanted, lines = weights(whole), (whole.output_dir / "metrics.jsonl").read_text()
+    for step in sorted({steps - 1, 1}, reverse=True):
+        from_step = checkpoints.path_of(whole.checkpoints, step)
+        again = trial.run(folder=whole.output_dir, resume=str(from_step), **saved)
+        again.train()
+        apart = distance(flat(weights(again)), flat(wanted))
+        if apart:
+            raise Failure(f"resumed from step {step} of {steps}, the weights end {apart:.1e} of their norm apart")
+        if (again.output_dir / "metrics.jsonl").read_text() != lines:
+            raise Failure(f"resumed from step {step} of {steps}, the metrics differ")
+
+
+@check(
+    "files",
+    "no file of a run is a pickle, and the model loads",
+    "Write tensors with safetensors and the rest as JSON: whoever loads a pickle runs what stands in it.",
+)
+def files(trial: Trial) -> None:
+    run = trial.run(max_steps=1, save_strategy="steps", save_steps=1)
+    run.train()
+    for file in sorted(run.output_dir.rglob("*")):
+        if file.is_file() and _is_pickle(file):
+            raise Failure(f"{file.relative_to(run.output_dir)} is a pickle")
+    if not any(run.output_dir.glob("*.safetensors")):
+        raise Failure("export_model writes no safetensors file")
+    for _, path in checkpoints.list_checkpoints(run.checkpoints):
+        if problem := checkpoints.verify(path):
+            raise CheckpointError(f"{path.name}: {problem}")
+
+
+def _is_pickle(file: Path) -> bool:
+    with file.open("rb") as stream:
+        start = stream.read(2)
+    if file.suffix in PICKLED or start in PROTOCOLS:
+        return True
+    return zipfile.is_zipfile(file) and any(n.endswith(".pkl") for n in zipfile.ZipFile(file).namelist())
+
+
+@check(
+    "ranks",
+    "two ranks learn what one does",
+    "Score through run.score, never by calling run.model; give as many windows on every rank, also without rows; let "
+    "terms name weights, whose totals are of all ranks; add up what a whole window needs with run.sum_over_ranks.",
+)
+def ranks(trial: Trial) -> None:
+    if not torch.distributed.is_gloo_available():
+        raise NotApplicable("torch has no gloo here")
+    if "<locals>" in trial.stage_class.__qualname__:
+        raise NotApplicable("a class that stands in a function cannot be found by another process")
+    one, two = trial.folder / "one-rank", trial.folder / "two-ranks"
+    saved = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": STEPS}
+    run = trial.set_up(folder=one, **saved)
+    start = weights(run)
+    run.train()
+    spec = trial.folder / "two-ranks.json"
+    given = trial.given if isinstance(trial.given, str) else list(where(trial.given))
+    asked = {"stage": given, "options": trial.asked_options, "rows": trial.asked_rows, "folder": str(two)}
+    spec.write_text(json.dumps(asked | {"train": saved | {"per_device_train_batch_size": ROWS // 2}}))
+    _launch(spec)
+    learnt = [flat(_trained(folder, start)) - flat(start) for folder in (one, two)]
+    apart = distance(learnt[1], learnt[0])
+    if apart > NEAR:
+        raise Failure(f"after {STEPS} steps, what two ranks have learnt is {apart:.1e} of its norm from what one has")
+    _compare_lines(*[[json.loads(n) for n in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, two)])
+
+
+def _trained(folder: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Return these weights as the last checkpoint has them."""
+    from safetensors.torch import load_file
+
+    found = load_file(checkpoints.path_of(folder / "checkpoints", STEPS) / "weights.safetensors")
+    return {name: found[name] for name in names}
+
+
+def _compare_lines(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
+    for wanted, found in zip(one, two, strict=True):
+        for name, value in wanted.items():
+            other = found.get(name)
+            if not isinstance(value, float) or other == value:
+                continue
+            if other is None or abs(other - value) > 10 * NEAR * max(abs(value), 1e-2):
+                raise Failure(f"in step {wanted['step']}, {name} is {value:.6g} of one rank and {other} of two")
+
+
+def _launch(spec: Path) -> None:
+    """Run the worker twice, side by side. Failure where it fails or hangs, with the end of what it said."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    command += ["--master-port", port, "-m", "llmtk.testing.worker", str(spec)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=environment)
+    except subprocess.TimeoutExpired:
+        raise Failure(f"the two processes hang: after {LIMIT} s they were not done") from None
+    if done.returncode:
+        told = [line for line in done.stderr.splitlines() if line.startswith("llmtk-check: ")]
+        raise Failure(told[0].removeprefix("llmtk-check: ") if told else f"a process failed:\n{done.stderr[-2000:]}")
+
+
+@check(
+    "demo",
+    "its demo improves",
+    "Return a Demo whose figure, measured on held-out rows, gets better in a minute on two cores: "
+    "`llmtk run STAGE` with nothing given is what people try first.",
+)
+def demo(trial: Trial) -> None:
+    from llmtk.run import Run
+
+    if trial.demo is None:
+        raise Failure("it has no demo()")
+    result = Run(trial.given, output_dir=str(trial.folder / "demo")).train()
+    before, after = result.metrics["figure_before"], result.metrics["figure_after"]
+    improved = after > before if trial.demo.higher_is_better else after < before
+    if not improved:
+        raise Failure(f"{trial.demo.figure} went from {before:.4g} to {after:.4g}")

@@ -1,0 +1,64 @@
+"""The conformance kit: a sound stage passes, and each broken one is caught by the check that is about it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmtk import ConfigurationError
+from llmtk.testing import CHECKS, ConformanceError, Verdict, check_stage, outcomes
+
+# By its place, as the kit's second process finds it: the tests are no package.
+_spec = importlib.util.spec_from_file_location("broken", Path(__file__).with_name("broken.py"))
+assert _spec is not None
+assert _spec.loader is not None
+broken = sys.modules["broken"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(broken)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_sound_stage_passes(check: str) -> None:
+    (outcome,) = outcomes(broken.Sound, check)
+    wanted = Verdict.SKIPPED if check == "listed" else Verdict.PASSED
+    assert outcome.verdict is wanted, outcome.message
+
+
+@pytest.mark.parametrize("stage", broken.BROKEN, ids=lambda stage: stage.__name__)
+def test_a_broken_stage_is_caught_by_the_check_that_is_about_it(stage: type) -> None:
+    (outcome,) = outcomes(stage, stage.caught_by)
+    assert outcome.verdict is Verdict.FAILED
+    assert outcome.message
+    assert outcome.mend == CHECKS[stage.caught_by].mend
+    assert not re.match(r"\w+Error: ", outcome.message), f"by crashing: {outcome.message}"
+
+
+def test_every_check_catches_something() -> None:
+    assert len(broken.BROKEN) >= 20
+    assert {stage.caught_by for stage in broken.BROKEN} >= CHECKS.keys() - {"listed"}
+
+
+def test_a_failure_is_an_assertion_with_the_mend() -> None:
+    with pytest.raises(
+        ConformanceError, match=r"(?s)1 of 2 checks failed.*loss: its loss is finite.*Mend: Return sums"
+    ):
+        check_stage(broken.NoGradient, ["declared", "loss"])
+
+
+def test_an_unknown_check_suggests_the_near_one() -> None:
+    with pytest.raises(ConfigurationError, match=r"There is no check 'cuts'\. Did you mean 'cut'"):
+        check_stage(broken.Sound, "cuts")
+
+
+def test_the_fixture_is_the_function(check_stage) -> None:
+    assert [one.check for one in check_stage(broken.Sound, "declared")] == ["declared"]
+
+
+def test_the_documents_list_every_check_by_its_title() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "writing-a-stage.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("| ")][1:] == [
+        f"| {name} | {one.title} |" for name, one in CHECKS.items()
+    ]

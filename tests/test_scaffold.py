@@ -1,0 +1,123 @@
+"""Distributions that `llmtk new-stage` and its like write: they work as they are, and names are checked."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from llmtk import ConfigurationError
+from llmtk.cli import call
+from llmtk.host import discovery
+from llmtk.host.checks import check_plugin, check_stage
+from llmtk.scaffold import KINDS, new, write
+from llmtk.testing import Verdict, outcomes
+
+QUICK = ("declared", "options", "loss", "pure", "cut", "metrics", "stop")
+
+
+def load(folder: Path, name: str) -> ModuleType:
+    """Import a module from its file."""
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def project(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    return found
+
+
+def test_a_new_stage_keeps_the_contract(tmp_path: Path) -> None:
+    write(new("stage", "my-focus"), tmp_path)
+    assert project(tmp_path)["entry-points"] == {"llmtk.stages": {"my-focus": "llmtk_stage_my_focus:MyFocus"}}
+    assert project(tmp_path)["dependencies"] == ["llmtk-core>=0.1,<0.2"]
+    stage = load(tmp_path, "llmtk_stage_my_focus").MyFocus
+    check_stage(stage, "stage")
+    found = {one.check: (one.verdict, one.message) for one in outcomes(stage, QUICK)}
+    assert {verdict for verdict, _ in found.values()} == {Verdict.PASSED}, found
+
+
+@pytest.mark.parametrize("kind", ["plugin", "reward"])
+def test_a_new_plugin_and_a_new_reward_pass_their_own_tests(kind: str, tmp_path: Path) -> None:
+    made = new(kind, "mine")
+    write(made, tmp_path)
+    load(tmp_path, made.module)
+    if kind == "plugin":
+        check_plugin(sys.modules[made.module].Mine, "plugin 'mine'")
+    tests = load(tmp_path, f"test_{made.module}")
+    ran = [name for name in vars(tests) if name.startswith("test_") and "tmp_path" not in _parameters(tests, name)]
+    for name in ran:
+        getattr(tests, name)()
+    assert ran
+
+
+def _parameters(module: ModuleType, name: str) -> tuple[str, ...]:
+    return tuple(getattr(module, name).__code__.co_varnames)
+
+
+STAGES = sorted(offer.name for offer in discovery.offers(discovery.STAGES))
+
+
+@pytest.mark.parametrize("start", STAGES)
+def test_a_stage_may_begin_with_an_installed_one(start: str, tmp_path: Path) -> None:
+    made = new("stage", f"my-{start}", start=start)
+    write(made, tmp_path)
+    theirs, mine = discovery.get_stage(start), getattr(load(tmp_path, made.module), made.class_name)
+    check_stage(mine, "stage")
+    assert mine.Options.model_json_schema() == theirs.Options.model_json_schema()
+    assert made.class_name == theirs.__name__
+    names = {requirement.partition(">")[0] for requirement in project(tmp_path)["dependencies"]}
+    assert "llmtk-core" in names or "llmtk-pref" in names or "llmtk-rl" in names
+    assert all(f"{start}.{option}" not in (made.source or "") for option in theirs.Options.model_fields)
+
+
+def test_one_whose_module_needs_its_neighbours_depends_on_their_distribution() -> None:
+    assert any(one.startswith("llmtk-stage-dpo") for one in new("stage", "mine", start="dpo").dependencies)
+    assert not any(one.startswith("llmtk-stage-ipo") for one in new("stage", "mine", start="ipo").dependencies)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_is_formatted_and_free_of_faults(kind: str, tmp_path: Path) -> None:
+    ruff = Path(sys.executable).with_name("ruff")
+    if not ruff.exists():
+        pytest.skip("ruff is not installed")
+    write(new(kind, "a-name-of-some-length"), tmp_path)
+    assert subprocess.run([ruff, "check", "--isolated", "--line-length", "120", tmp_path], check=False).returncode == 0
+    command = [ruff, "format", "--isolated", "--line-length", "120", "--check", tmp_path]
+    assert subprocess.run(command, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("My_Stage", "small letters, digits and single hyphens"),
+        ("train", "is a section of the configuration"),
+        ("sft", "There is a stage 'sft' (llmtk-stage-sft"),
+    ],
+)
+def test_names_that_cannot_be(name: str, said: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        new("stage", name)
+    assert said in str(caught.value)
+
+
+def test_the_command_says_what_to_do_next_and_writes_over_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(["new-stage", "llmtk-stage-mine"]) == 0
+    assert "pip install -e llmtk-stage-mine\n  llmtk run mine\n  llmtk check mine" in capsys.readouterr().out
+    assert call(["new-stage", "mine"]) == 2
+    assert "llmtk-stage-mine is there already, and not empty" in capsys.readouterr().err
+    assert call(["new-stage", "other", "--from", "stf"]) == 2
+    assert "Did you mean 'sft'" in capsys.readouterr().err
