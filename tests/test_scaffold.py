@@ -70,14 +70,13 @@ STAGES = sorted(offer.name for offer in discovery.offers(discovery.STAGES))
 
 @pytest.mark.parametrize("start", STAGES)
 def test_a_stage_may_begin_with_an_installed_one(start: str, tmp_path: Path) -> None:
-    made = new("stage", f"my-{start}", start=start)
+    made = new("stage", "another", start=start)
     write(made, tmp_path)
     theirs, mine = discovery.get_stage(start), getattr(load(tmp_path, made.module), made.class_name)
     check_stage(mine, "stage")
     assert mine.Options.model_json_schema() == theirs.Options.model_json_schema()
     assert made.class_name == theirs.__name__
-    names = {requirement.partition(">")[0] for requirement in project(tmp_path)["dependencies"]}
-    assert "llmtk-core" in names or "llmtk-pref" in names or "llmtk-rl" in names
+    assert any(requirement.startswith("llmtk-core") for requirement in project(tmp_path)["dependencies"])
     assert all(f"{start}.{option}" not in (made.source or "") for option in theirs.Options.model_fields)
 
 
@@ -92,9 +91,9 @@ def test_what_is_written_is_formatted_and_free_of_faults(kind: str, tmp_path: Pa
     if not ruff.exists():
         pytest.skip("ruff is not installed")
     write(new(kind, "a-name-of-some-length"), tmp_path)
-    assert subprocess.run([ruff, "check", "--isolated", "--line-length", "120", tmp_path], check=False).returncode == 0
-    command = [ruff, "format", "--isolated", "--line-length", "120", "--check", tmp_path]
-    assert subprocess.run(command, check=False).returncode == 0
+    for asked in (["check"], ["format", "--check"]):
+        command = [ruff, *asked, "--isolated", "--line-length", "120", "."]
+        assert subprocess.run(command, check=False, cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize(
