@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from llmtk.generation.completions import Completion, Segment
-from llmtk.generation.jobs import Jobs, Together
+from llmtk.generation.jobs import Hear, Jobs, Together
 from llmtk.generation.sampling import Decode, Sampling, Stopping
 from llmtk.scoring.proof import evaluating
 
@@ -47,12 +47,14 @@ def generate(
     decode: Decode | None = None,
     version: int = 0,
     together: Together | None = None,
+    hear: Hear | None = None,
 ) -> list[list[Completion]]:
     """Sample `n` completions of each prompt: (prompts, n). The model's mode is left as it was.
 
     `seeds` (prompts,) give each prompt its own random numbers; without them, prompts are numbered under
     `sampling.seed`. `packed` is for models patched for packed scoring (`llmtk.scoring.choose`). `decode` is needed for
-    stop strings; `version` is noted in the completions; `together` is for models whose forward is collective.
+    stop strings; `version` is noted in the completions; `together` is for models whose forward is collective. `hear` is
+    told of each token as it is written; what it raises ends the call.
 
     A completion that reaches the model's last position ends there. ValueError for a prompt without tokens, or one that
     leaves no room.
@@ -60,13 +62,13 @@ def generate(
     from llmtk.generation import packed as packed_way
     from llmtk.generation import plain
 
-    jobs = Jobs(prompts, sampling, Stopping(sampling, decode), _positions(model), seeds, version, together)
+    jobs = Jobs(prompts, sampling, Stopping(sampling, decode), positions_of(model), seeds, version, together, hear)
     with evaluating(model):
         done = packed_way.Writer(model, jobs).write() if packed else plain.write(model, jobs)
     n = sampling.n
     return [[done[index * n + copy] for copy in range(n)] for index in range(len(prompts))]
 
 
-def _positions(model: Any) -> float:
+def positions_of(model: Any) -> float:
     """Return how many positions the model has; infinity where its configuration sets no end."""
     return getattr(model.config, "max_position_embeddings", None) or math.inf

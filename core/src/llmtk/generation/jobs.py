@@ -14,6 +14,8 @@ from llmtk.generation.sampling import Sampling, Stopping, uniform_numbers
 
 Together = Callable[[bool], bool]
 """Whether any rank says yes. All ranks call it together."""
+Hear = Callable[[int, list[int]], None]
+"""Told of each token as it is written: the completion's number among all (prompt x n + copy), and its tokens so far."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,7 @@ class Jobs:
     seeds: Sequence[int] | None = None
     version: int = 0
     together: Together | None = None
+    hear: Hear | None = None
 
     def __post_init__(self) -> None:
         if self.seeds is not None and len(self.seeds) != len(self.prompts):
@@ -68,7 +71,9 @@ class Jobs:
         return [[*job.prompt_tokens, *tokens] for job, tokens in written]
 
     def ending(self, job: Job, tokens: list[int]) -> Literal["stop", "length"] | None:
-        """Return why a job's completion ends with its last token, or None if it goes on."""
+        """Return why a job's completion ends with its last token, or None if it goes on; tell who listens."""
+        if self.hear is not None:
+            self.hear(job.number, tokens)
         if self.stopping.ends(tokens):
             return "stop"
         return "length" if len(tokens) == job.room else None
