@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llmtk.generation import Completion, Sampling
     from llmtk.host.discovery import get_stage, list_stages
     from llmtk.host.hookspecs import hookimpl
+    from llmtk.metrics import compute_metrics
     from llmtk.models import load
     from llmtk.run import Run
     from llmtk.scoring import Scores
@@ -38,6 +39,7 @@ _HOMES = {
     "llmtk.generation": ("Completion", "Sampling"),
     "llmtk.host.discovery": ("get_stage", "list_stages"),
     "llmtk.host.hookspecs": ("hookimpl",),
+    "llmtk.metrics": ("compute_metrics",),
     "llmtk.models": ("load",),
     "llmtk.run": ("Run",),
     "llmtk.scoring": ("Scores",),
@@ -70,6 +72,7 @@ __all__ = [
     "Term",
     "TrainingError",
     "__version__",
+    "compute_metrics",
     "get_stage",
     "hookimpl",
     "list_stages",

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmtk.contract import Demo
+    from llmtk.data.rows import Message
 
 __all__ = ["Interrupted", "Result", "Run", "evaluate_run"]
 
@@ -175,13 +176,18 @@ class Run:
             raise Interrupted(f"{self.signal_name()} stopped the evaluation")
         return values
 
-    def predict(self, prompts: str | Sequence[str], **sampling: Any) -> Any:
-        """Answer a prompt, or each of several: through the chat template where there is one, else as plain text."""
+    def predict(self, prompts: str | Sequence[str | list[Message]], **sampling: Any) -> Any:
+        """Answer a question, or each of several, through the chat template where there is one, else as plain text.
+
+        One of several may be a dialogue, a list of messages. An answer is text; with `n` over 1, a list of n texts.
+        """
         self._open_or_set_up()
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        answers = self.generate([self.prompt_tokens(text) for text in texts], self.sampling(**sampling))
-        decoded = [self.tokenizer.decode(answer[0].tokens, skip_special_tokens=True) for answer in answers]
-        return decoded[0] if isinstance(prompts, str) else decoded
+        settings = self.sampling(**sampling)
+        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        answers = self.generate([self.prompt_tokens(prompt) for prompt in asked], settings)
+        texts = [[self.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in copies] for copies in answers]
+        found = texts if settings.n > 1 else [copies[0] for copies in texts]
+        return found[0] if isinstance(prompts, str) else found
 
     def save(self, path: str | Path) -> None:
         """Write the model as it is now, loadable with from_pretrained."""
@@ -291,11 +297,16 @@ class Run:
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"sampling settings: {error}") from error
 
-    def prompt_tokens(self, text: str) -> list[int]:
-        """Return the tokens of a question: through the chat template where there is one, else as plain text."""
+    def prompt_tokens(self, text: str | list[Message]) -> list[int]:
+        """Return the tokens of a question: through the chat template where there is one, else as plain text.
+
+        ConfigurationError for a dialogue where there is no chat template.
+        """
         tokenizer: Any = self.tokenizer
+        if not isinstance(text, str) and not tokenizer.chat_template:
+            raise ConfigurationError("the prompt is a dialogue, and the tokenizer has no chat template; give text")
         if tokenizer.chat_template:
-            messages = [{"role": "user", "content": text}]
+            messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
             rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
         return list(tokenizer(text)["input_ids"])

@@ -22,6 +22,7 @@ BUILT_IN = {
     "new-plugin": "Write a distribution with a plugin of your own.",
     "new-reward": "Write a distribution with a reward of your own.",
     "new-stage": "Write a distribution with a stage of your own.",
+    "predict": "Answer the rows of a file with a run's model, or any.",
     "run": "Train.",
     "schema": "Print the JSON Schema of a stage's configuration.",
     "show": "Show what a stage does, and every option with its default.",

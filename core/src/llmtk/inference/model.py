@@ -1,0 +1,168 @@
+"""A language model that is asked without a run: a finished run's folder, or any model's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmtk.errors import ConfigurationError, DatasetError, ModelLoadError
+from llmtk.generation import Completion, Sampling, generate, positions_of
+from llmtk.generation.proof import why_not_packed
+from llmtk.scoring import choose
+
+if TYPE_CHECKING:
+    from llmtk.data.rows import Message, Prompt
+    from llmtk.generation.jobs import Hear
+
+
+class LanguageModel:
+    """A model and its tokenizer, in eval mode on the fastest device there is, as what answers prompts.
+
+    `name` is a run's folder, or what `llmtk.load` takes: a model's folder, an adapter's, a hub name, `builtin`.
+    `template` is a chat template in place of the tokenizer's own, as `data.template` is.
+
+    Raises:
+        ConfigurationError: The run is not finished, the template is broken, or a launcher started several processes.
+        ModelLoadError: There is no such model, it is damaged, it writes no text, or an adapter's base is gone.
+    """
+
+    def __init__(self, name: str | Path, *, template: str | None = None) -> None:
+        from llmtk.config.sections import TrainConfig
+        from llmtk.data import chat_template
+        from llmtk.models import load
+        from llmtk.training.backend import choose_precision
+
+        check(str(name))
+        self.name = str(name)
+        self.model: Any
+        self.model, self.tokenizer = load(name)
+        self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        self.model.to(self.device)
+        if template is not None:
+            self.tokenizer.chat_template = chat_template(self.tokenizer, template)
+        self._half = choose_precision(TrainConfig.model_validate({}))[0] == "bf16"
+        self._scorer = choose(self.model, lambda reason: [reason])
+
+    @cached_property
+    def why_plain(self) -> str | None:
+        """Why completions are written the plain way; None where the packed way is proven right on this model."""
+        with self._autocast():
+            return self._scorer.why_padded or why_not_packed(self.model)
+
+    @property
+    def positions(self) -> float:
+        """Tokens that a prompt and its answer may have together; infinity where the model sets no end."""
+        return positions_of(self.model)
+
+    def sampling(self, **settings: Any) -> Sampling:
+        """Return how to sample from this model: its stop tokens, and these settings.
+
+        ConfigurationError for settings that cannot be.
+        """
+        from llmtk.models.tokenizers import stop_token_ids
+
+        try:
+            return Sampling(**{"stop_tokens": tuple(stop_token_ids(self.tokenizer)), **settings})
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"sampling settings: {error}") from error
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int] | None = None,
+        *,
+        hear: Hear | None = None,
+    ) -> list[list[Completion]]:
+        """Return completions of tokenised prompts, (prompts, n), as `llmtk.generation.generate` does."""
+        packed = self.why_plain is None
+        with self._autocast():
+            return generate(self.model, prompts, sampling, seeds, packed=packed, decode=self._decode, hear=hear)
+
+    def answer(self, prompts: Sequence[str | list[Message]], **settings: Any) -> list[Any]:
+        """Answer questions, which are put through the chat template where there is one, or dialogues.
+
+        `settings` are those of `Sampling`. An answer is text; with `n` over 1, a list of n texts. DatasetError for a
+        prompt that leaves no room to answer.
+        """
+        sampling = self.sampling(**settings)
+        rows = [self.row(prompt, f"prompt {number}") for number, prompt in enumerate(prompts, start=1)]
+        texts = [[self.text(answer) for answer in copies] for copies in self.generate(self.tokens(rows), sampling)]
+        return texts if sampling.n > 1 else [copies[0] for copies in texts]
+
+    def row(self, prompt: str | list[Message], place: str) -> Prompt:
+        """Return a question or a dialogue as a row. A question is a turn of the user where there is a chat template.
+
+        DatasetError, which names the place, for one that cannot be asked.
+        """
+        from llmtk.data.rows import Prompt, RowError
+
+        if isinstance(prompt, str) and self.tokenizer.chat_template:
+            prompt = [{"role": "user", "content": prompt}]
+        row = Prompt(prompt, {}, place=place)
+        try:
+            row.check()
+        except RowError as error:
+            raise DatasetError(f"{place}: {error}") from error
+        return row
+
+    def tokens(self, rows: Sequence[Prompt], notices: list[str] | None = None) -> list[list[int]]:
+        """Return the tokens of each row up to where its answer begins, as they are in training.
+
+        `notices` takes what the user should know. DatasetError names the rows that leave no room to answer, or that the
+        template refuses.
+        """
+        from llmtk.config.sections import DataConfig
+        from llmtk.data import encode
+
+        if not rows:
+            return []
+        encoded, report = encode(rows, self.tokenizer, DataConfig(max_length=2**31 - 1))
+        if notices is not None:
+            notices += report.notices
+        prompts = [list(ids) for ids in encoded["prompt_ids"]]
+        full = [(row.place, len(ids)) for row, ids in zip(rows, prompts, strict=True) if len(ids) >= self.positions]
+        if full:
+            named = ", ".join(f"{place}: {length:,}" for place, length in full[:3]) + (", ..." if len(full) > 3 else "")
+            raise DatasetError(
+                f"{len(full)} of {len(rows)} prompts leave no room to answer: prompt and answer may have "
+                f"{self.positions:,} tokens together ({named}). Shorten them, or take them out"
+            )
+        return prompts
+
+    def text(self, completion: Completion | list[int]) -> str:
+        """Return a completion, or tokens, as text without special tokens."""
+        tokens = completion if isinstance(completion, list) else completion.tokens
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._half)
+
+
+def check(name: str) -> None:
+    """Check what can be checked without loading anything large. Raises what `LanguageModel` raises."""
+    from llmtk.config.sections import ModelConfig
+    from llmtk.folder import INFO, RunFolder
+    from llmtk.models.checks import check_origin, resolve
+    from llmtk.models.loading import head_of
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigurationError("predictions and chats are written by one process: start it without a launcher")
+    folder = Path(resolve(name))
+    if (folder / INFO).is_file():
+        RunFolder(folder).finished()
+    config = ModelConfig(name_or_path=name)
+    check_origin(config)
+    if head_of(config) == "value":
+        raise ModelLoadError(
+            f"{name} has a head of one value (it is a reward model, or the like), and writes no text. Give a language "
+            "model"
+        )
