@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = {
     "check": "Check that a stage keeps the contract.",
+    "chat": "Talk with a run's model, or any.",
     "doctor": "Check the installation, and how a model is scored.",
     "evaluate": "Evaluate a finished run's model.",
     "list-plugins": "List installed plugins, rewards, metrics, generators and commands.",

@@ -1,4 +1,4 @@
-"""Asking a trained model: `LanguageModel`, which needs no run, and files of predictions.
+"""Asking a trained model: `LanguageModel`, which needs no run, files of predictions, and chat.
 
     model = LanguageModel("runs/sft")
     model.answer(["37+48="], temperature=0.0)
