@@ -1,4 +1,4 @@
-"""The built-in model, loaded once and asked in float32, commands, and distributions that bring metrics."""
+"""The built-in model, loaded once, commands, and distributions that bring metrics."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def model() -> LanguageModel:
-    """The built-in model. In float32, so that two ways of asking it can be compared token for token."""
+    """The built-in model, computed in the dtype of its weights on every machine."""
     found = LanguageModel("builtin")
     found._half = False
     return found

@@ -186,7 +186,7 @@ def test_as_many_models_as_are_asked(llmtk: Llmtk, words: Any) -> None:
 
 def test_a_model_that_is_not_there(llmtk: Llmtk, tmp_path: Path) -> None:
     code, _, err = llmtk("chat", str(tmp_path / "none"))
-    assert (code, f"there is no folder {tmp_path / 'none'}" in err) == (2, True), err
+    assert (code, f"there is no run and no model in {tmp_path / 'none'}" in err) == (2, True), err
 
 
 class Terminal:

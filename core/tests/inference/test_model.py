@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from llmtk import ConfigurationError, DatasetError, ModelLoadError, Run
 from llmtk.demo import addition
@@ -92,6 +92,17 @@ def test_a_finished_run_is_asked_with_its_adapter_and_its_template(tmp_path: Pat
         LanguageModel(tmp_path / "run")
 
 
+def test_python_blocks_of_the_page_run(monkeypatch: pytest.MonkeyPatch, model: LanguageModel, install: Any) -> None:
+    install("same")
+    monkeypatch.setattr("llmtk.inference.LanguageModel", lambda folder: model)
+    page = (Path(__file__).parents[3] / "docs" / "inference.md").read_text()
+    use, own = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(use, {})
+    names: dict[str, Any] = {}
+    exec(own, names)
+    assert names["shared_words"](["a cat sat"], ["A cat ran off"]) == 0.5
+
+
 def test_a_template_may_be_given(tmp_path: Path) -> None:
     (tmp_path / "loud.jinja").write_text("{% for m in messages %}{{ m.content }}!{% endfor %}")
     model = LanguageModel("builtin", template=str(tmp_path / "loud.jinja"))
@@ -129,6 +140,19 @@ def test_an_adapter_whose_base_is_gone_is_refused(folder: Path) -> None:
         LanguageModel(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("sub/frst", "Did you mean 'first'?"), ("runs/first", "A relative path starts at")]
+)
+def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub" / "first").mkdir(parents=True)
+    with pytest.raises(ModelLoadError, match="there is no run and no model in") as caught:
+        LanguageModel(name)
+    assert said in str(caught.value)
+
+
 def test_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigurationError, match="one process: start it without a launcher"):
@@ -140,15 +164,15 @@ def test_an_unknown_setting_is_refused(model: LanguageModel) -> None:
         model.answer(["a"], temprature=1)
 
 
-def test_computing_in_bfloat16_is_another_computation(model: LanguageModel) -> None:
-    """Where the device has it, a model is asked under autocast, as a run asks it."""
+def test_computing_in_bfloat16_is_another_computation(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the device has it, weights in float32 are used under autocast, as a run uses them."""
     (prompt,) = model.tokens([model.row("37+48=", "a")])
-    found = {}
+    saved, found = model.model.dtype, {}
+    model.model.float()
     for half in (False, True):
-        model._half = half
+        monkeypatch.setattr(model, "_half", half)
         ((answer,),) = model.generate([prompt], model.sampling(temperature=0.0, max_new_tokens=1))
         found[half] = answer.logps[0]
-    model._half = False
+    model.model.to(saved)
     assert found[True] != found[False]
     assert found[True] == pytest.approx(found[False], abs=0.1)
-    assert torch.get_default_dtype() == torch.float32

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtk.errors import ConfigurationError, DatasetError, ModelLoadError
+from llmtk.errors import ConfigurationError, DatasetError, ModelLoadError, suggest
 from llmtk.generation import Completion, Sampling, generate, positions_of
 from llmtk.generation.proof import why_not_packed
 from llmtk.scoring import choose
@@ -157,6 +157,7 @@ def check(name: str) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigurationError("predictions and chats are written by one process: start it without a launcher")
     folder = Path(resolve(name))
+    _check_there(folder)
     if (folder / INFO).is_file():
         RunFolder(folder).finished()
     config = ModelConfig(name_or_path=name)
@@ -165,4 +166,14 @@ def check(name: str) -> None:
         raise ModelLoadError(
             f"{name} has a head of one value (it is a reward model, or the like), and writes no text. Give a language "
             "model"
+        )
+
+
+def _check_there(folder: Path) -> None:
+    """Refuse what is meant for a folder and is none, by where it would stand: the hub would be asked in vain."""
+    if not folder.exists() and (folder.parent.name == "runs" or (len(folder.parts) > 1 and folder.parent.is_dir())):
+        beside = [item.name for item in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise ModelLoadError(
+            f"there is no run and no model in {folder}.{suggest(folder.name, beside)} A relative path starts at "
+            f"{Path.cwd()}"
         )
