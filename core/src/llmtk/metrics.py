@@ -39,7 +39,7 @@ def compute_metrics(
     """
     _check(predictions, references)
     values: dict[str, float] = {}
-    for name, (metric, options) in _wanted(metrics).items():
+    for name, (metric, options) in resolve(metrics).items():
         found = _values(name, metric, predictions, references, options)
         if twice := values.keys() & found.keys():
             raise PluginError(f"two metrics give {', '.join(sorted(twice))}, one of them {name}; name those you want")
@@ -47,10 +47,17 @@ def compute_metrics(
     return values
 
 
-def without_options() -> list[str]:
-    """Return the names of the installed metrics that need no option. PluginError where one cannot be imported."""
-    usable = [offer for offer in discovery.offers(discovery.METRICS) if not offer.problem]
-    return [offer.name for offer in usable if not _required(_load(offer))]
+def resolve(metrics: Wanted | None = None) -> dict[str, tuple[Metric, Mapping[str, Any]]]:
+    """Return the metrics that are wanted, and their options, by name. Raises as `compute_metrics` does."""
+    if metrics is None:
+        usable = [offer for offer in discovery.offers(discovery.METRICS) if not offer.problem]
+        loaded = {offer.name: _load(offer) for offer in usable}
+        return {name: (metric, {}) for name, metric in loaded.items() if not _required(metric)}
+    named = metrics if isinstance(metrics, Mapping) else {name: {} for name in metrics}
+    found = {name: (_load(discovery.find(discovery.METRICS, name)), options) for name, options in named.items()}
+    for name, (metric, options) in found.items():
+        _check_options(name, metric, options)
+    return found
 
 
 def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
@@ -65,12 +72,6 @@ def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
         for number, text in enumerate(texts, start=1):
             if not isinstance(text, str):
                 raise ConfigurationError(f"{what} {number} is a {type(text).__name__}; text is expected")
-
-
-def _wanted(metrics: Wanted | None) -> dict[str, tuple[Metric, Mapping[str, Any]]]:
-    wanted = without_options() if metrics is None else metrics
-    named = wanted if isinstance(wanted, Mapping) else {name: {} for name in wanted}
-    return {name: (_load(discovery.find(discovery.METRICS, name)), options) for name, options in named.items()}
 
 
 def _load(offer: Offer) -> Metric:
@@ -90,16 +91,19 @@ def _required(metric: Metric) -> list[str]:
     return [each.name for each in _options(metric) if each.default is each.empty and each.kind not in kinds]
 
 
-def _values(
-    name: str, metric: Metric, predictions: Sequence[str], references: Sequence[str], options: Mapping[str, Any]
-) -> dict[str, float]:
+def _check_options(name: str, metric: Metric, options: Mapping[str, Any]) -> None:
     if missing := [each for each in _required(metric) if each not in options]:
         raise ConfigurationError(f"the metric {name} needs the option {' and '.join(missing)}")
     try:
-        inspect.signature(metric).bind(predictions, references, **options)
+        inspect.signature(metric).bind([], [], **options)
     except TypeError as error:
         known = ", ".join(each.name for each in _options(metric)) or "none"
         raise ConfigurationError(f"the metric {name}: {error}; its options are: {known}") from error
+
+
+def _values(
+    name: str, metric: Metric, predictions: Sequence[str], references: Sequence[str], options: Mapping[str, Any]
+) -> dict[str, float]:
     try:
         found = metric(list(predictions), list(references), **options)
         named = found if isinstance(found, Mapping) else {name: found}

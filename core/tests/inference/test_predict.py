@@ -318,6 +318,8 @@ def test_options_reach_the_engine(
         (("--stop-token", "nosuch"), "builtin has no such token"),
         (("--reference", "nosuch"), "no row has such a column; there are prompt, answer, id"),
         (("--metric", "nosuch"), "Unknown metric 'nosuch'"),
+        (("--metric", "nosuch.a=1"), "Unknown metric 'nosuch'"),
+        (("--metric", "nosuch=1"), "an option is written NAME.OPTION=VALUE"),
         (("--resume",), "--resume needs --output, a file"),
         (("--json",), "--json needs --output, a file"),
         (("--template", "nosuch"), "--template=nosuch is neither a file nor the name of a template"),

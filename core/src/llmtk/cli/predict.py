@@ -31,7 +31,13 @@ SECONDS = 30
 @click.option("--output", default="-", metavar="FILE", help="One JSON line a row. By default to stdout.")
 @click.option("--resume", is_flag=True, help="Go on with an output file: its rows are not answered again.")
 @click.option("--reference", metavar="COLUMN", help="What is measured against. By default `reference` or `answer`.")
-@click.option("--metric", "metrics", multiple=True, help="An installed metric. May be repeated. By default all.")
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    metavar="NAME[.OPTION=VALUE]",
+    help="An installed metric, or an option of one. May be repeated. By default all that need none.",
+)
 @template_option
 @click.option("-n", "--n", type=int, default=1, show_default=True, help="Completions of each row.")
 @sampling_options(max_new_tokens=64)
@@ -65,7 +71,7 @@ def command(
 
     rows, are_questions = read_prompts(data)
     column = reference_column([beginning_of(row) for row in rows], reference)
-    names = _metrics(metrics, column)
+    wanted = _metrics(metrics, column)
     with open_output(output, resume=resume) as opened, as_options():
         from llmtk.inference.model import LanguageModel
 
@@ -77,32 +83,37 @@ def command(
             lines = predict(asked, rows, sampling_of(asked, settings), opened, done, notices)
     for notice in notices:
         click.echo(notice, err=True)
-    _say(lines, column, names, for_scripts=for_scripts, err=output == "-")
+    _say(lines, column, wanted, for_scripts=for_scripts, err=output == "-")
 
 
-def _metrics(wanted: Sequence[str], column: str | None) -> list[str]:
-    """Return the metrics to compute. ConfigurationError or PluginError where one that is asked for cannot be."""
-    from llmtk.host import discovery
-    from llmtk.metrics import without_options
+def _metrics(words: Sequence[str], column: str | None) -> dict[str, dict[str, Any]]:
+    """Return the metrics to compute, with their options. Raises before anything runs where one cannot be."""
+    from llmtk.config.reading import merge, parse_overrides
+    from llmtk.metrics import resolve
 
-    if wanted and column is None:
+    if words and column is None:
         raise ConfigurationError(
-            f"--metric {wanted[0]}: no row has a column `reference` or `answer`; name one: --reference"
+            f"--metric {words[0]}: no row has a column `reference` or `answer`; name one: --reference"
         )
-    for name in wanted:
-        discovery.find(discovery.METRICS, name)
-    return list(wanted) or (without_options() if column is not None else [])
+    given = parse_overrides([word for word in words if "=" in word])
+    if wrong := [name for name, options in given.items() if not isinstance(options, dict)]:
+        raise ConfigurationError(f"--metric {wrong[0]}: an option is written NAME.OPTION=VALUE, as bleu.tokenize=char")
+    named = merge({word: {} for word in words if "=" not in word}, given)
+    found = resolve(named or None) if column is not None else {}
+    return {name: dict(options) for name, (_, options) in found.items()}
 
 
-def _say(lines: list[Line], column: str | None, names: list[str], *, for_scripts: bool, err: bool) -> None:
+def _say(
+    lines: list[Line], column: str | None, metrics: dict[str, dict[str, Any]], *, for_scripts: bool, err: bool
+) -> None:
     """Print what the predictions are worth, if that can be told."""
     from llmtk.inference.predictions import measured
     from llmtk.metrics import compute_metrics
 
     values: dict[str, float] = {}
     predictions, references = measured(lines, column) if column is not None else ([], [])
-    if predictions and names:
-        values = compute_metrics(predictions, references, names)
+    if predictions and metrics:
+        values = compute_metrics(predictions, references, metrics)
     elif predictions:
         click.echo(NO_METRICS.format(column), err=True)
     if for_scripts:
