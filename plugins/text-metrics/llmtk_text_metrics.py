@@ -1,4 +1,4 @@
-"""Metrics of text: BLEU and chrF by sacrebleu, ROUGE by rouge-score, and exact match.
+"""Metrics of text: BLEU and chrF by sacrebleu, ROUGE by rouge-score, exact match, and BERTScore by a local model.
 
 Words are parted by spaces in some languages and not in others. Where they are not, characters stand for words, in BLEU
 and ROUGE alike: otherwise a Chinese sentence would be one word, or, for rouge-score's own tokenizer, none.
@@ -6,13 +6,15 @@ and ROUGE alike: otherwise a Chinese sentence would be one word, or, for rouge-s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llmtk import ConfigurationError
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
+    from torch import Tensor
 
 _HAN = r"\p{Han}"
 _OTHER_UNSPACED = r"\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
@@ -75,6 +77,26 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     return sum(same) / len(same)
 
 
+def bertscore(
+    predictions: Sequence[str], references: Sequence[str], *, model: str, layer: int = -1, batch_size: int = 32
+) -> dict[str, float]:
+    """Return BERTScore, the mean over rows: `bertscore_precision`, `bertscore_recall`, `bertscore_f1`.
+
+    Each token of the one text is matched with the token of the other whose embedding is most alike (arXiv 1904.09675,
+    section 3; without idf weights and rescaling). `model` is the folder of an encoder; `layer` is the one whose output
+    is compared (0: embeddings, -1: the last), and which agrees best with people differs from model to model. Special
+    tokens are matched with, and do not count. A text without tokens scores 0.
+    """
+    encode = _Encoder(model, layer)
+    sums = [0.0, 0.0, 0.0]
+    for begin in range(0, len(predictions), batch_size):
+        part = slice(begin, begin + batch_size)
+        for said, right in zip(encode(predictions[part]), encode(references[part]), strict=True):
+            sums = [total + value for total, value in zip(sums, _matched(*said, *right), strict=True)]
+    names = ("bertscore_precision", "bertscore_recall", "bertscore_f1")
+    return {name: total / len(predictions) for name, total in zip(names, sums, strict=True)}
+
+
 def tokenizer_for(texts: Iterable[str]) -> str:
     """Return which of sacrebleu's tokenizers parts these texts into words, or characters where they have no spaces."""
     import regex
@@ -114,3 +136,60 @@ def _scorer(rouge_types: Sequence[str]) -> RougeScorer:
         wrong = rouge_types if isinstance(rouge_types, str) or not rouge_types else unknown
         raise ConfigurationError(f"rouge: rouge_types is a list of {', '.join(known)}; got {wrong!r}")
     return RougeScorer(list(rouge_types), tokenizer=Words())
+
+
+class _Encoder:
+    """A local encoder, as what gives each text's embeddings (tokens, width), of length 1, and which tokens count."""
+
+    def __init__(self, model: str, layer: int) -> None:
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        from llmtk.models.checks import check_folder
+        from llmtk.models.errors import loading, quietly
+
+        folder = Path(model).expanduser()
+        if not folder.is_dir():
+            raise ConfigurationError(f"bertscore: there is no folder {model}. Give that of an encoder, such as BERT's")
+        check_folder(folder)
+        with loading(f"bertscore: the model {model}"), quietly():
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            found: Any = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        layers = found.config.num_hidden_layers
+        if not -layers - 1 <= layer <= layers:
+            raise ConfigurationError(f"bertscore: {model} has layers 0 to {layers}; layer is {layer}")
+        self._model = found.eval().to(torch.accelerator.current_accelerator() or "cpu")
+        self._layer = layer
+        # Models such as RoBERTa have more positions than they can use; their tokenizers know.
+        self._longest = min(self._tokenizer.model_max_length, found.config.max_position_embeddings)
+
+    def __call__(self, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        import torch
+        import torch.nn.functional as F
+
+        tokens = self._tokenizer(
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=self._longest,
+            return_special_tokens_mask=True,
+            return_tensors="pt",
+        ).to(self._model.device)
+        special = tokens.pop("special_tokens_mask").bool()
+        with torch.no_grad():
+            hidden = self._model(**tokens, output_hidden_states=True).hidden_states[self._layer]
+        for row, is_there, is_special in zip(
+            F.normalize(hidden, dim=-1), tokens["attention_mask"].bool(), special, strict=True
+        ):
+            yield row[is_there], ~is_special[is_there]
+
+
+def _matched(said: Tensor, counts: Tensor, right: Tensor, counts_right: Tensor) -> tuple[float, float, float]:
+    """Return precision, recall and F1 of two texts' embeddings (tokens, width); `counts` (tokens,) leaves some out."""
+    if not (counts.any() and counts_right.any()):
+        return 0.0, 0.0, 0.0
+    alike = said @ right.T
+    precision = float(alike.amax(1)[counts].mean())
+    recall = float(alike.amax(0)[counts_right].mean())
+    both = precision + recall
+    return precision, recall, 2 * precision * recall / both if both else 0.0

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sacrebleu
-from llmtk_text_metrics import Words, bleu, chrf, exact_match, rouge, tokenizer_for
+import torch
+from llmtk_text_metrics import Words, bertscore, bleu, chrf, exact_match, rouge, tokenizer_for
 from rouge_score.rouge_scorer import RougeScorer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 import llmtk
 from llmtk import ConfigurationError
@@ -101,6 +105,62 @@ def test_what_is_refused(metric, options, said) -> None:
         metric(["a"], ["a"], **options)
 
 
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny encoder of three layers, with a tokenizer of characters and the special tokens [CLS] and [SEP]."""
+    folder = tmp_path_factory.mktemp("encoder")
+    vocabulary = {token: n for n, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh "])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    named = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
+    PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=12, **named).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(vocabulary), initializer_range=0.5, **sizes)).save_pretrained(folder)
+    return str(folder)
+
+
+def by_definition(said: str, right: str, folder: str, layer: int) -> list[float]:
+    """Return BERTScore of two texts, token by token, each text computed by itself."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    both = []
+    for text in (said, right):
+        ids = tokenizer(text, return_tensors="pt")
+        both.append(model(**ids, output_hidden_states=True).hidden_states[layer][0].detach())
+
+    def share(first: torch.Tensor, second: torch.Tensor) -> float:
+        inner = range(1, len(first) - 1)
+        return sum(max(float(torch.cosine_similarity(first[i], b, dim=0)) for b in second) for i in inner) / len(inner)
+
+    precision, recall = share(both[0], both[1]), share(both[1], both[0])
+    return [precision, recall, 2 * precision * recall / (precision + recall)]
+
+
+@pytest.mark.parametrize("layer", [-1, 0, 2])
+def test_bertscore_is_what_its_definition_says(encoder: str, layer: int) -> None:
+    said, right = ["abc", "hgfe", "a"], ["abd", "efg hag", "bbbbb"]
+    each = [by_definition(*pair, encoder, layer) for pair in zip(said, right, strict=True)]
+    found = bertscore(said, right, model=encoder, layer=layer, batch_size=2)
+    assert list(found) == ["bertscore_precision", "bertscore_recall", "bertscore_f1"]
+    assert list(found.values()) == pytest.approx([sum(column) / 3 for column in zip(*each, strict=True)], abs=1e-5)
+
+
+def test_bertscore_of_the_same_is_1_of_nothing_0_and_long_texts_are_cut(encoder: str) -> None:
+    assert bertscore(["abc"], ["abc"], model=encoder)["bertscore_f1"] == pytest.approx(1, abs=1e-6)
+    assert bertscore([""], ["abc"], model=encoder)["bertscore_f1"] == 0
+    assert bertscore(["abcdefghab" + "c" * 99], ["abcdefghab"], model=encoder)["bertscore_f1"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [({"model": "nowhere"}, "there is no folder nowhere"), ({"layer": 4}, "has layers 0 to 3")]
+)
+def test_what_bertscore_refuses(encoder: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        bertscore(["a"], ["a"], **({"model": encoder} | options))
+
+
 @pytest.fixture
 def _installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the distribution in front of the path, by the entry points that it states."""
@@ -117,6 +177,7 @@ def _installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_installed")
 def test_all_are_computed_by_default_and_named_ones_with_their_options() -> None:
     found = llmtk.compute_metrics(SAID, RIGHT)
+    assert not any(name.startswith("bertscore") for name in found)
     assert found.keys() >= {"bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"}
     assert llmtk.compute_metrics(SAID, RIGHT, ["exact_match"]) == {"exact_match": 0.0}
     char = llmtk.compute_metrics(SAID, RIGHT, {"bleu": {"tokenize": "char"}})
