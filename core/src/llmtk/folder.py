@@ -188,8 +188,8 @@ class RunFolder:
 
     def _check_same_run(self, run: Run) -> None:
         """Refuse to go on with other settings or other data. ConfigurationError lists what differs."""
-        stored = _flat(read_file(self.path / CONFIG))
-        given = _flat(_settings(run))
+        stored = flat(read_file(self.path / CONFIG))
+        given = flat(_settings(run))
         may_change = (*MAY_CHANGE, *(f"{run.stage_name}.{name}" for name in run.stage.may_change))
         changed = [
             f"  {key}: {stored.get(key)!r} -> {given.get(key)!r}"
@@ -259,14 +259,15 @@ def _data_hashes(run: Run) -> dict[str, Any]:
     return hashes
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings as one mapping, by `train.learning_rate` and the like."""
+    found: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
-            flat |= {f"{key}.{inner}": v for inner, v in _flat(value).items()}
+            found |= {f"{key}.{inner}": v for inner, v in flat(value).items()}
         else:
-            flat[key] = value
-    return flat
+            found[key] = value
+    return found
 
 
 def _write_json(file: Path, value: Any) -> None:

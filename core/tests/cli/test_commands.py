@@ -25,7 +25,16 @@ HEAVY = ["torch", "transformers", "datasets", "accelerate", "rich", "pydantic"]
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--help"], ["list-stages"], ["list-stages", "--json"], ["list-plugins"], ["--version"]]
+    "words",
+    [
+        [],
+        ["--help"],
+        ["list-stages"],
+        ["list-stages", "--json"],
+        ["list-plugins"],
+        ["--version"],
+        ["runs", "list", "."],
+    ],
 )
 def test_start_up_imports_nothing_heavy(words: list[str]) -> None:
     program = (

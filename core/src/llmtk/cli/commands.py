@@ -25,6 +25,7 @@ BUILT_IN = {
     "new-stage": "Write a distribution with a stage of your own.",
     "predict": "Answer the rows of a file with a run's model, or any.",
     "run": "Train.",
+    "runs": "List runs, show one, or compare several.",
     "schema": "Print the JSON Schema of a stage's configuration.",
     "show": "Show what a stage does, and every option with its default.",
 }

@@ -72,6 +72,11 @@ def read_file(path: str | Path) -> dict[str, Any]:
     Raises ConfigurationError, with file and line, for a file that is missing or unreadable, broken YAML, a key that
     stands twice, a tag that asks for a Python object, a file that is not a mapping, and a variable that is not set.
     """
+    return _fill(read_as_written(path), str(path))
+
+
+def read_as_written(path: str | Path) -> dict[str, Any]:
+    """Return the settings in a YAML file as they stand, its `${VAR}` too: for who shows them. Raises as `read_file`."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -88,7 +93,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
             f"{path}: a configuration is keys and values, such as `train: {{learning_rate: 5e-7}}`; "
             f"this file holds {_kind(settings)}."
         )
-    return _fill(settings, str(path))
+    return settings
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
