@@ -24,6 +24,7 @@ BUILT_IN = {
     "new-reward": "Write a distribution with a reward of your own.",
     "new-stage": "Write a distribution with a stage of your own.",
     "predict": "Answer the rows of a file with a run's model, or any.",
+    "report": "Write a page about a run: results, curves, samples.",
     "run": "Train.",
     "runs": "List runs, show one, or compare several.",
     "schema": "Print the JSON Schema of a stage's configuration.",
