@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-_NOT_FOR_USERS = (".*fan_in_fan_out", ".*is_gradient_checkpointing", ".*save_embedding_layers")
+_NOT_FOR_USERS = (
+    ".*fan_in_fan_out",
+    ".*is_gradient_checkpointing",
+    ".*save_embedding_layers",
+    ".*no longer tied after merging",
+)
 
 
 @contextmanager

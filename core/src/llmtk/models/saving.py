@@ -26,13 +26,20 @@ if TYPE_CHECKING:
     from llmtk.models.loading import Head
 
 
-def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+def save_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    max_shard_size: str | None = None,
+) -> None:
     """Write the model, or its adapter alone, with tokenizer, chat template and generation config.
 
     A full model loads with ``AutoModelForCausalLM.from_pretrained(path)``, an adapter with
     ``AutoPeftModelForCausalLM``, as long as its base stays where it is: the adapter records it by its absolute path.
     One with a head of one value loads with ``AutoModelForSequenceClassification``, an adapter on it with
     ``AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1)``.
+
+    A full model's weights are written to files of at most ``max_shard_size`` bytes (``2GB``), by default to one.
 
     Raises:
         OSError: The folder cannot be written.
@@ -43,9 +50,10 @@ def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
         config.base_model_name_or_path = _absolute(config.base_model_name_or_path)
         if isinstance(config.target_modules, set):  # written in an order that changes from process to process
             config.target_modules = sorted(config.target_modules)
+    # An adapter kept as the reference is not what was trained.
+    how = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
     with quietly():
-        # An adapter kept as the reference is not what was trained.
-        model.save_pretrained(folder, **({"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}))
+        model.save_pretrained(folder, **how, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
