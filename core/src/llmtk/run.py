@@ -695,8 +695,10 @@ class Run:
 
 
 def evaluate_run(path: str, data: str | None = None) -> dict[str, float]:
-    """Evaluate a finished run's model on its evaluation rows, or on other data."""
-    return Run.open(path).evaluate(data)
+    """Evaluate a finished run's model on its evaluation rows, or on other data: what the CLI does."""
+    from llmtk.training.language import evaluate_all
+
+    return evaluate_all(Run.open(path), data)
 
 
 def _stage_class(stage: str | Stage | type[Stage]) -> tuple[str, type[Stage]]:
