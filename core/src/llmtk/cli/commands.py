@@ -19,6 +19,7 @@ BUILT_IN = {
     "doctor": "Check the installation, and how a model is scored.",
     "evaluate": "Evaluate a finished run's model.",
     "export": "Write a finished run's model for others: merged, cast, sharded.",
+    "launch": "Train in several processes.",
     "list-plugins": "List installed plugins, rewards, metrics, generators and commands.",
     "list-stages": "List installed training methods.",
     "new-plugin": "Write a distribution with a plugin of your own.",

@@ -10,6 +10,8 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from llmtk.run import Run
+
 _SUFFIXES = (".yaml", ".yml", ".json")
 _EXAMPLES = """\b
 Examples:
@@ -41,13 +43,18 @@ def command(words: tuple[str, ...], resume: str | None) -> None:
 
     The file's settings go over the stage's defaults, and KEY=VALUE over the file's. `llmtk show STAGE` lists the keys.
     """
+    made(words, resume).train()
+
+
+def made(words: Sequence[str], resume: str | None) -> Run:
+    """Return the run that the words of `llmtk run` ask for. Errors are those of bad input."""
     if resume is not None and _belongs_to_words(resume):
         words, resume = (*words, resume), "auto"
     asked = _sort(words)
     layers = _layers(asked)
     from llmtk.run import Run
 
-    Run.from_layers(asked.stage, *layers, resume=resume).train()
+    return Run.from_layers(asked.stage, *layers, resume=resume)
 
 
 def _belongs_to_words(resume: str) -> bool:
