@@ -443,6 +443,8 @@ class Run:
 
             self._start()
             self.opened, self.tokenizer = load(self.exported)
+            if self.backend.compute_dtype == torch.float32:
+                self.opened.float()  # an adapter's base may be saved in less than it was trained on in
             self._load_models()
             self.backend.place(self.model, self.frozen)
         if with_data and not hasattr(self, "eval_rows"):

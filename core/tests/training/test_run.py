@@ -190,6 +190,17 @@ def test_a_finished_run_with_an_adapter_is_opened_on_its_base(tmp_path):
     assert Run.open(tmp_path / "base").evaluate(ROWS)["loss"] != pytest.approx(result.metrics["eval_loss"], rel=1e-6)
 
 
+def test_a_base_that_is_saved_in_half_precision_is_opened_as_it_was_trained_on(tmp_path, folder):
+    model, tokenizer = load(folder)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    rows = str(tmp_path / "rows.jsonl")
+    settings = {"rows": rows, "eval": rows, "model": {"name_or_path": str(tmp_path / "base")}}
+    result = make(tmp_path / "run", "pt", sections={"peft": {"r": 4}}, **settings).train()
+    assert Run.open(tmp_path / "run").evaluate()["loss"] == pytest.approx(result.metrics["eval_loss"], rel=1e-6)
+
+
 def test_an_unfinished_run_is_not_opened(tmp_path):
     with pytest.raises(ConfigurationError, match="holds no run"):
         Run.open(tmp_path)
