@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from llmtk.config.sections import ModelConfig, TokenizerConfig
 from llmtk.errors import ConfigurationError, ModelLoadError
 from llmtk.models.checks import check_model, check_safetensors, resolve
+from llmtk.models.errors import loading
 from llmtk.models.tokenizers import load_tokenizer
 
 from .conftest import LLAMA
@@ -109,7 +110,7 @@ def test_pickled_weights_are_refused_with_a_command_that_converts_them(folder):
     weights = pickle_weights(folder)
     message = rejected(name_or_path=str(folder))
     assert "pickled weights only (pytorch_model.bin)" in message
-    command = message.splitlines()[-1].replace("python -c", f"{sys.executable} -c")
+    command = message.splitlines()[-1].replace("llmtk ", f"{sys.executable} -m llmtk ")
     subprocess.run(command, shell=True, check=True)
     check_model(ModelConfig(name_or_path=str(folder)))
     converted = AutoModelForCausalLM.from_pretrained(folder).state_dict()
@@ -195,3 +196,19 @@ def test_a_hub_name_that_the_hub_does_not_give(monkeypatch):
 
 def test_builtin_is_a_folder_of_the_package():
     assert resolve("builtin").endswith("model")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (
+            "and thus cannot be loaded with `safetensors`. Please do not set `use_safetensors=True`.",
+            "llmtk convert-weights",
+        ),
+        ("Please pass the argument `trust_remote_code=True`", "set model.trust_remote_code: true"),
+        ("something else", "THE MEND"),
+    ],
+)
+def test_what_libraries_say_to_do_is_said_in_llmtks_words(theirs, ours):
+    with pytest.raises(ModelLoadError, match=ours), loading("the model", "THE MEND"):
+        raise OSError(theirs)

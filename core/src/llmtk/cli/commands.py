@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 BUILT_IN = {
     "check": "Check that a stage keeps the contract.",
     "chat": "Talk with a run's model, or any.",
+    "convert-weights": "Turn pickled weights into safetensors.",
     "doctor": "Check the installation, and how a model is scored.",
     "evaluate": "Evaluate a finished run's model.",
     "export": "Write a finished run's model for others: merged, cast, sharded.",

@@ -112,7 +112,7 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> None:
     Raises:
         ModelLoadError: A file is missing, damaged or pickled, or the model needs code of its own.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     if config.get("auto_map") and not trust_remote_code:
         raise ModelLoadError(
             f"{folder}: its config.json has an auto_map: the model comes with Python code that would run here with "
@@ -144,6 +144,12 @@ def base_of(folder: Path) -> str:
     return base
 
 
+def base_revision_of(folder: Path) -> str | None:
+    """Return which branch, tag or commit of its base an adapter belongs to, if it says so."""
+    revision = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("revision")
+    return revision if isinstance(revision, str) else None
+
+
 def check_safetensors(file: Path) -> None:
     """Check that a safetensors file is as long as its header says. Reads the header alone.
 
@@ -166,6 +172,8 @@ def check_safetensors(file: Path) -> None:
 def _check_named(key: str, name: str, *, trust_remote_code: bool) -> None:
     _check_exists(key, name)
     if folder := adapter_folder(name):
+        if not (folder / ADAPTER_WEIGHTS).is_file() and pickled_files(folder):
+            raise ModelLoadError(_why_no_weights(folder, ADAPTER_WEIGHTS))
         check_safetensors(folder / ADAPTER_WEIGHTS)
         _check_named(key, base_of(folder), trust_remote_code=trust_remote_code)
     elif not is_hub_name(name):
@@ -194,7 +202,8 @@ def _known_fields(config_class: Any) -> set[str]:
     return known | _ROPE_KEYS if "rope_parameters" in known else known
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration that a model's folder holds. ModelLoadError where there is none, or it is damaged."""
     file = folder / "config.json"
     if not file.is_file():
         raise ModelLoadError(f"{folder} is no model: {_why_no_config(folder)}")
@@ -229,31 +238,27 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ModelLoadError(_why_no_weights(folder))
 
 
-def _why_no_weights(folder: Path) -> str:
-    pickled = sorted(
-        file.name
-        for file in folder.iterdir()
-        if file.suffix in {".bin", ".pt", ".pth"} and file.name not in _NOT_WEIGHTS
+def pickled_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that look like pickled weights; only transformers' or peft's, if it has any."""
+    found = sorted(
+        file for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth"} and file.name not in _NOT_WEIGHTS
     )
+    for name in ("pytorch_model", "adapter_model"):
+        if named := [file for file in found if file.name.startswith(name)]:
+            return named
+    return found
+
+
+def _why_no_weights(folder: Path, wanted: str = "model.safetensors") -> str:
+    pickled = [file.name for file in pickled_files(folder)]
     if not pickled:
-        return f"{folder} has no weights: there is no model.safetensors. Give a folder written by save_pretrained"
+        return f"{folder} has no weights: there is no {wanted}. Give a folder written by save_pretrained"
     names = ", ".join(pickled[:3]) + (", …" if len(pickled) > 3 else "")
     return (
         f"{folder} has pickled weights only ({names}). A pickle can run any code when it is opened, so llmtk reads "
-        f"safetensors alone. Convert them:\n{_conversion(folder, pickled)}"
+        f"safetensors alone. This converts them, and opens nothing but tensors:\n"
+        f"llmtk convert-weights {shlex.quote(str(folder))}"
     )
-
-
-def _conversion(folder: Path, pickled: list[str]) -> str:
-    shards = [name for name in pickled if name.startswith("pytorch_model")] or pickled[:1]
-    pattern = "pytorch_model*.bin" if len(shards) > 1 else shards[0]
-    code = (
-        "import glob, sys, torch; from safetensors.torch import save_file; folder = sys.argv[1]; "
-        f"shards = [torch.load(f, 'cpu', weights_only=True) for f in glob.glob(glob.escape(folder) + '/{pattern}')]; "
-        "save_file({k: v.clone().contiguous() for s in shards for k, v in s.items()}, "
-        "folder + '/model.safetensors', {'format': 'pt'})"
-    )
-    return f'python -c "{code}" {shlex.quote(str(folder))}'
 
 
 def _safetensors_layout(file: Path) -> tuple[int, int]:

@@ -12,10 +12,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+_MENDS = {
+    "trust_remote_code=True": "It comes with Python code that would run here with your rights. Read that code; if you "
+    "trust it, set model.trust_remote_code: true",
+    "use_safetensors=True": "Its weights are pickled, and a pickle can run any code when it is opened. Load them down "
+    "(hf download NAME --local-dir FOLDER), and convert them: llmtk convert-weights FOLDER",
+}
+"""What libraries say to do, in words of their own interface, and what to do instead."""
 _NOT_FOR_USERS = (
     ".*fan_in_fan_out",
     ".*is_gradient_checkpointing",
     ".*save_embedding_layers",
+    ".*tied_target_modules",
+    ".*ensure_weight_tying",
     ".*no longer tied after merging",
 )
 
@@ -28,6 +37,7 @@ def loading(what: str, mend: str = "") -> Iterator[None]:
     except LlmtkError:
         raise
     except Exception as error:  # the libraries raise everything from OSError to AttributeError for a bad folder
+        mend = next((ours for theirs, ours in _MENDS.items() if theirs in str(error)), mend)
         raise ModelLoadError(f"{what} cannot be loaded: {summary(error)}{mend and ' ' + mend}") from error
 
 
