@@ -217,6 +217,26 @@ def reaching_template(folder: Path) -> list[str]:
     return sft(folder, f"data.template={folder / 'evil.jinja'}", rows=rows)
 
 
+@case("unknown attention", "model.attn_implementation: sdap", "Did you mean 'sdpa'?")
+def unknown_attention(folder: Path) -> list[str]:
+    return sft(folder, "model.attn_implementation=sdap")
+
+
+@case("more layers than the model has", "model.train_only: 99 layers", "the model has 4")
+def too_many_layers(folder: Path) -> list[str]:
+    return sft(folder, "model.train_only=99")
+
+
+@case("frozen layers beside an adapter", "model.freeze", "an adapter")
+def frozen_beside_an_adapter(folder: Path) -> list[str]:
+    return sft(folder, "model.freeze=[embed_tokens]", "peft.r=4")
+
+
+@case("revision of a folder", "model.revision", "Leave it out")
+def revision_of_a_folder(folder: Path) -> list[str]:
+    return sft(folder, "model.revision=main")
+
+
 @case("pickled weights", "pickle", "safetensors")
 def pickled_weights(folder: Path) -> list[str]:
     model = copied_model(folder)
@@ -358,7 +378,10 @@ def test_secrets_of_the_environment_reach_no_file_of_a_run_and_it_goes_on(
 ) -> None:
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
-    words = sft(tmp_path, "train.run_name=mine-${HF_TOKEN}", "model.revision=${WANDB_API_KEY}-${DB_PASSWORD}")
+    template = tmp_path / f"{SECRETS['WANDB_API_KEY']}-{SECRETS['DB_PASSWORD']}.jinja"
+    shutil.copy(BUILTIN / "chat_template.jinja", template)
+    named = tmp_path / "${WANDB_API_KEY}-${DB_PASSWORD}.jinja"
+    words = sft(tmp_path, "train.run_name=mine-${HF_TOKEN}", f"data.template={named}")
     assert call(words) == 0
     files = contents(tmp_path / "run")
     assert b"mine-${HF_TOKEN}" in files[tmp_path / "run" / "config.yaml"]

@@ -160,7 +160,8 @@ def settings(stage: str, method: str, folder: Path, base: Path | None, **more: A
     peft = None
     if method == "lora":
         model = {"name_or_path": str(base)}
-        peft = {"r": 4, "lora_dropout": 0.1}
+        # The others switch dropout off, and refuse one that would have no effect.
+        peft = {"r": 4} | ({"lora_dropout": 0.1} if stage in ("pt", "sft", "three-windows") else {})
     return {
         "stage": stage,
         "model": model,

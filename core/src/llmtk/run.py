@@ -439,11 +439,12 @@ class Run:
             self._set_up()
             return
         if not hasattr(self, "backend"):
-            from llmtk.models import load
+            from llmtk.models.saving import load_folder
 
             self._start()
-            self.opened, self.tokenizer = load(self.exported)
-            if self.backend.compute_dtype == torch.float32:
+            like, dtype = self.config.model, self.backend.compute_dtype
+            self.opened, self.tokenizer = load_folder(self.exported, like, dtype)
+            if dtype == torch.float32 and like.quantization is None:
                 self.opened.float()  # an adapter's base may be saved in less than it was trained on in
             self._load_models()
             self.backend.place(self.model, self.frozen)
@@ -459,14 +460,19 @@ class Run:
             return
         from llmtk.data import read_splits
         from llmtk.models.checks import check_model
+        from llmtk.models.options import check_options
 
         self.stage.check(self)
-        check_model(self.config.model)
+        model, merges = self.config.model, self.config.train.merge_and_save
+        check_model(model)
+        check_options(model, self.config.peft, merges=merges, dropout=self._keeps_dropout)
         optimizers.check_scheduler(self.config.train)
         check_engine(self.config.generation)
         if self.config.samples.count and self.stage.head == "value":
             raise ConfigurationError(f"samples.count: a model of stage {self.stage_name} writes no text; set it to 0")
         self._start()
+        if model.trust_remote_code:
+            self.notify("WARNING: model.trust_remote_code is on: Python code that comes with the model runs as you")
         self.splits = read_splits(self.config.data, self.stage.row_types, seed=self.data_seed)
         self._check_evaluation()
         self._load_tokenizer()
@@ -515,8 +521,7 @@ class Run:
         self.frozen: dict[str, nn.Module] = dict(models.frozen)
         self.views = dict(models.views)
         self.changing = models.changing
-        asked = self.config.train.disable_dropout
-        if asked if asked is not None else not self.stage.dropout:
+        if not self._keeps_dropout:
             from llmtk.models.loading import disable_dropout
 
             disable_dropout(self.model)
@@ -526,6 +531,12 @@ class Run:
         self.scorers: dict[str | None, Scorer] = {None: own, **dict.fromkeys(self.views, own)}
         self.scorers |= {name: self._scorer(model) for name, model in self.frozen.items()}
 
+    @property
+    def _keeps_dropout(self) -> bool:
+        """Whether dropout stays on: as the stage has it, unless the user says otherwise."""
+        asked = self.config.train.disable_dropout
+        return self.stage.dropout if asked is None else not asked
+
     def _scorer(self, model: nn.Module) -> Scorer:
         """Choose how to score a model, before it is wrapped."""
         model.to(self.device)
@@ -533,11 +544,13 @@ class Run:
         return scoring.choose(model, self.gather, forced)
 
     def _make_plan(self) -> Plan:
+        from llmtk.models.loading import parameter_counts
+
         config = self.config.train
         windows = self.stage.windows_per_round
         per_epoch = -(-len(self.train_rows) // self.global_rows) * windows
         epochs = -(-per_epoch * config.num_train_epochs // 1)
-        parameters = list(self.model.parameters())
+        trained, total = parameter_counts(self.model)
         return Plan(
             stage=self.stage_name,
             max_steps=config.max_steps if config.max_steps > 0 else int(epochs),
@@ -545,8 +558,8 @@ class Run:
             train_rows=len(self.train_rows),
             eval_rows=len(self.eval_rows) if self.eval_rows is not None else 0,
             global_batch=self.global_rows,
-            trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-            total_parameters=sum(p.numel() for p in parameters),
+            trainable_parameters=trained,
+            total_parameters=total,
             precision=f"{str(self.backend.compute_dtype).removeprefix('torch.')} ({self.backend.why_precision})",
             device=f"{self.device.type} x {self.world_size}",
             facts=self.hooks.extra_run_info(),

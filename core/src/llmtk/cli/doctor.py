@@ -119,7 +119,9 @@ def _model(name: str) -> dict[str, Any]:
     from llmtk.scoring.proof import LOGPS, VALUES, why_not_packed
 
     model, tokenizer = load_folder(name)
-    model.float().requires_grad_(True).train()  # as it is trained
+    if not getattr(model, "is_quantized", False):
+        model.float().requires_grad_(True)
+    model.train()  # as it is trained
     disable_dropout(model)
     measured: dict[str, float] = {}
     _, has_values = prepare(model)

@@ -52,7 +52,20 @@ class ModelConfig(Section):
     """Type of the loaded weights. `auto`: float32 for weights that are trained; for those frozen under an adapter, the
     type that the run computes in."""
     attn_implementation: str | None = None
-    """As in transformers' `from_pretrained`."""
+    """As in transformers' `from_pretrained`: `sdpa`, `eager`, `flash_attention_2`, ... By default its own."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Load the weights quantised, by bitsandbytes: a quarter or half of the memory, for an adapter to be trained on."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The values that 4 bits stand for: normal quantiles (nf4, arXiv 2305.14314) or floating point (fp4)."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantise the scales of 4-bit weights as well."""
+    bnb_4bit_compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What 4-bit weights are multiplied in. `auto`: what the run computes in."""
+    train_only: int | list[str] | None = None
+    """Train these parameters alone: the number of the last layers, or names of modules or parameters, `*` standing for
+    anything (`[layers.30, layers.31, lm_head]`)."""
+    freeze: int | list[str] | None = None
+    """Train all but these: the number of the first layers, or names as in train_only (`[embed_tokens]`)."""
     reference: str | None = None
     """The reference model's folder or hub name (stages that need one). By default the model itself, as it is when the
     run starts."""
@@ -63,8 +76,28 @@ class ModelConfig(Section):
     def _one_origin(self) -> ModelConfig:
         if self.name_or_path and self.from_config:
             raise ValueError("give name_or_path (continue a model) or from_config (train from scratch), not both")
-        if self.from_config is not None and "model_type" not in self.from_config:
+        if self.from_config is not None and not isinstance(self.from_config.get("model_type"), str):
             raise ValueError("from_config needs model_type, for example {model_type: llama, hidden_size: 256, ...}")
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_as_asked(self) -> ModelConfig:
+        for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"):
+            if key in self.model_fields_set and self.quantization != "4bit":
+                raise ValueError(f"{key} needs quantization: 4bit; it is {self.quantization or 'not given'}")
+        if self.quantization and self.from_config:
+            raise ValueError("quantization is for trained weights: from_config has random ones. Leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _some_is_frozen(self) -> ModelConfig:
+        if self.train_only is not None and self.freeze is not None:
+            raise ValueError("give train_only or freeze, not both: each says what the other leaves")
+        for key in ("train_only", "freeze"):
+            if (asked := getattr(self, key)) is not None and (not asked or (isinstance(asked, int) and asked < 0)):
+                raise ValueError(
+                    f"{key} is {asked}: give a number of layers from 1, or names. Leave it out to train all"
+                )
         return self
 
 
@@ -108,8 +141,21 @@ class PeftConfig(Section):
     """Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)."""
     use_dora: bool = False
     """Train magnitude and direction apart (arXiv 2402.09353)."""
+    init_lora_weights: bool | str = True
+    """How the first of an adapter's two matrices is drawn, the second being 0: `true`, uniformly, as in the paper; or
+    `gaussian`, with a standard deviation of 1 / r."""
     modules_to_save: list[str] | None = None
     """Modules trained in full beside the adapter, and saved with it."""
+
+    @model_validator(mode="after")
+    def _begins_as_nothing(self) -> PeftConfig:
+        if self.init_lora_weights is not True and self.init_lora_weights != "gaussian":
+            raise ValueError(
+                f"init_lora_weights is {self.init_lora_weights}: give true or gaussian. With peft's other ways a new "
+                "adapter is not nothing (false, orthogonal), changes the weights that it stands on (pissa, olora, "
+                "loftq, corda), or needs data (eva); here a model with its adapter off is the model as it came"
+            )
+        return self
 
 
 class SamplesConfig(Section):
@@ -223,6 +269,9 @@ class TrainConfig(Section):
     """A step whose loss or gradient is not finite changes no weight; this many in a row stop the run."""
     ddp_find_unused_parameters: bool = False
     """As in torch's DistributedDataParallel."""
+    merge_and_save: bool = False
+    """Merge the trained adapter into its base when the model is exported: a full model, which needs neither peft nor
+    the base, in the dtype that the base is saved in. The adapter itself goes into a folder `adapter` within."""
     report_to: list[str] = Field(default_factory=list)
     """Trackers of Accelerate's: tensorboard, wandb, mlflow, ..."""
     run_name: str | None = None

@@ -14,14 +14,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load(path: str | Path) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+def load(
+    path: str | Path, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Load a run's folder, or any model or adapter: ``model, tokenizer = load("runs/sft")``.
 
     The weights keep the dtype they were saved in; an adapter comes on its base, unmerged. The model is in eval mode.
+    With `trust_remote_code`, Python code that comes with it is run.
 
     Raises:
         ModelLoadError: The folder holds neither, it is damaged, or an adapter's base is gone.
     """
+    from llmtk.config.sections import ModelConfig
     from llmtk.models.saving import load_folder
 
-    return load_folder(path)
+    return load_folder(path, ModelConfig(trust_remote_code=trust_remote_code))

@@ -12,12 +12,15 @@ from llmtk.scoring import value_head
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import nn
     from transformers import PreTrainedModel
 
     from llmtk.config.sections import PeftConfig
 
 
-def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, seed: int = 0) -> PeftModel:
+def add_adapter(
+    model: PreTrainedModel, peft_config: PeftConfig, seed: int = 0, revision: str | None = None
+) -> PeftModel:
     """Freeze the model and put a fresh LoRA adapter on it, in float32. Its first forward equals the model's.
 
     A head of one value is trained in full beside it, and saved with it.
@@ -26,9 +29,10 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, seed: int = 0) 
         model: The base, changed in place.
         peft_config: The run's ``peft`` section.
         seed: Draws the adapter. torch's global generator stays as it is.
+        revision: Which branch, tag or commit of a hub model the base is. The adapter keeps it with the base's name.
 
     Raises:
-        ConfigurationError: ``target_modules`` or ``modules_to_save`` name nothing that the model has.
+        ConfigurationError: ``target_modules``, ``modules_to_save`` or ``bias`` name nothing that the model has.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -37,11 +41,18 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, seed: int = 0) 
     task = "CAUSAL_LM" if value_head.find(model) is None else VALUE_TASK
     with seeded(seed), quietly():
         try:
-            adapted = get_peft_model(model, LoraConfig(task_type=task, **options))
+            adapted = get_peft_model(model, LoraConfig(task_type=task, revision=revision, **options))
         except ValueError as error:
             raise ConfigurationError(_why_refused(model, peft_config, error)) from error
+    if peft_config.bias != "none" and not any(_is_trained_bias(*named) for named in adapted.named_parameters()):
+        where = "the model" if peft_config.bias == "all" else "an adapted layer"
+        raise ConfigurationError(f"peft.bias: {peft_config.bias}, and {where} has no bias. Leave it out")
     trained_in_float32(adapted)
     return adapted
+
+
+def _is_trained_bias(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and name.endswith("bias") and "modules_to_save" not in name
 
 
 def _why_refused(model: PreTrainedModel, peft_config: PeftConfig, error: ValueError) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -14,6 +15,7 @@ from llmtk.models.checks import (
     ADAPTER_CONFIG,
     adapter_folder,
     base_of,
+    base_revision_of,
     build_config,
     check_origin,
     is_hub_name,
@@ -21,6 +23,7 @@ from llmtk.models.checks import (
     where,
 )
 from llmtk.models.errors import loading, quietly, without_report
+from llmtk.models.freezing import freeze_parts
 from llmtk.models.tokenizers import stop_token_ids
 from llmtk.scoring import value_head
 from llmtk.scoring.value_head import HEADS
@@ -53,6 +56,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the model, or build it from scratch, with as many embeddings at least as the tokenizer has tokens.
 
+    What ``train_only`` and ``freeze`` say is frozen, if it is trained and no adapter on it.
+
     Args:
         config: The run's ``model`` section.
         tokenizer: What ``load_tokenizer`` gave for it. Its padding token becomes the model's.
@@ -71,10 +76,14 @@ def load_model(
     adapter = adapter_folder(config.name_or_path)
     if adapter:
         check_task(adapter, head)
-        config, frozen_base = config.model_copy(update={"name_or_path": base_of(adapter)}), True
+        base = {"name_or_path": base_of(adapter), "revision": config.revision or base_revision_of(adapter)}
+        config, frozen_base = config.model_copy(update=base), True
     dtype = _weights_dtype(config, compute_dtype, trained=trainable and not frozen_base)
     with seeded(seed):
-        model = _from_scratch(config, tokenizer, dtype, head) if config.from_config else pretrained(config, dtype, head)
+        if config.from_config:
+            model = _from_scratch(config, tokenizer, dtype, head)
+        else:
+            model = pretrained(config, dtype, head, compute_dtype)
         fit_embeddings(model, tokenizer)
     set_padding(model, tokenizer)
     if adapter:
@@ -82,6 +91,9 @@ def load_model(
         trained_in_float32(model)
     if not trainable:
         model.requires_grad_(False).eval()
+    elif not frozen_base:
+        _check_not_quantised(model, config)
+        freeze_parts(model, config)
     return model
 
 
@@ -165,10 +177,67 @@ def _attention(config: ModelConfig) -> dict[str, Any]:
     return {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
 
 
-def pretrained(config: ModelConfig, dtype: torch.dtype | Literal["auto"], head: Head = "language") -> PreTrainedModel:
+def _quantisation(config: ModelConfig, compute_dtype: torch.dtype) -> dict[str, Any]:
+    """Return how ``from_pretrained`` is to quantise the weights as they are loaded: all linear layers but the head."""
+    if config.quantization is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    if config.quantization == "8bit":
+        # It warns at every product that inputs are cast to float16, which is what 8 bits are multiplied with.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    asked = config.bnb_4bit_compute_dtype
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=compute_dtype if asked == "auto" else getattr(torch, asked),
+        )
+    }
+
+
+def _keep_packing(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew when a CPU first evaluates with them.
+
+    It does so in place, rounds their scales, and has no gradient for them from then on.
+    """
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+
+
+def _check_not_quantised(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Refuse a model of the hub's that turns out to be quantised: a folder's is known before it is loaded."""
+    if getattr(model, "is_quantized", False):
+        raise ConfigurationError(
+            f"{config.name_or_path} is saved quantised, and quantised weights cannot be trained themselves. Train an "
+            "adapter on them, with peft: {r: 16}"
+        )
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Return how many parameters are trained, and how many there are; those of 4 bits, two to a byte, count as two."""
+    sizes = [(_size(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _size(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
+
+
+def pretrained(
+    config: ModelConfig,
+    dtype: torch.dtype | Literal["auto"],
+    head: Head = "language",
+    compute_dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
     """Load ``config.name_or_path`` as it is, in ``dtype`` (``auto``: as it was saved), its weights checked.
 
-    A head of one value that it lacks is new.
+    With ``config.quantization``, its linear layers are quantised, and multiplied in ``compute_dtype``. A head of one
+    value that it lacks is new.
 
     Raises:
         ModelLoadError: It cannot be loaded, lacks weights, has another head, or weights that are not finite.
@@ -187,8 +256,10 @@ def pretrained(config: ModelConfig, dtype: torch.dtype | Literal["auto"], head: 
             use_safetensors=True,
             output_loading_info=True,
             **_attention(config),
+            **_quantisation(config, compute_dtype),
             **more,
         )
+    _keep_packing(model)
     missing = sorted(info["missing_keys"])
     if head == "value" and had == "language":
         missing = [key for key in missing if key.partition(".")[0] not in HEADS]

@@ -5,8 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from llmtk.config.sections import ModelConfig
-from llmtk.models.checks import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of, check_safetensors, resolve
+from llmtk.models.checks import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    base_of,
+    base_revision_of,
+    check_safetensors,
+    is_hub_name,
+    resolve,
+)
 from llmtk.models.errors import loading, quietly
 from llmtk.models.loading import (
     check_finite,
@@ -17,6 +27,7 @@ from llmtk.models.loading import (
     seeded,
     set_padding,
 )
+from llmtk.models.merging import merge_adapter
 from llmtk.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -59,33 +70,66 @@ def save_model(
     tokenizer.save_pretrained(folder)
 
 
-def load_folder(path: str | Path) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Load what ``save_model`` wrote. This is ``llmtk.load``, which says more."""
-    folder = Path(resolve(str(path)))
+def save_merged(adapter: Path, path: Path, like: ModelConfig) -> None:
+    """Merge a saved adapter into its base, as that is saved, and write the full model, which needs neither.
+
+    Not into the weights that were trained on, which the run still needs, and which may be quantised. `like` is as for
+    `load_folder`.
+
+    Raises:
+        ModelLoadError: The base is gone.
+        OSError: The folder cannot be written.
+    """
+    model, tokenizer = _load_adapter(adapter, like.model_copy(update={"quantization": None}))
+    save_model(merge_adapter(model), tokenizer, path)
+
+
+def load_folder(
+    path: str | Path, like: ModelConfig | None = None, compute_dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Load what ``save_model`` wrote. This is ``llmtk.load``, which says more.
+
+    Args:
+        path: The folder.
+        like: How: with which attention, with code of its own, and an adapter's base quantised. A run's own section.
+        compute_dtype: What quantised weights are multiplied in.
+    """
+    folder, like = Path(resolve(str(path))), like or ModelConfig()
     if (folder / ADAPTER_CONFIG).is_file():
-        return _load_adapter(folder)
-    return _load_full(str(path))
+        return _load_adapter(folder, like, compute_dtype)
+    return _load_full(str(path), like.model_copy(update={"quantization": None, "revision": None}))
 
 
 def _load_full(
-    name: str, tokenizer_name: str | None = None, head: Head | None = None
+    name: str,
+    like: ModelConfig,
+    tokenizer_name: str | None = None,
+    head: Head | None = None,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    config = ModelConfig(name_or_path=name, tokenizer=tokenizer_name)
+    config = like.model_copy(
+        update={"name_or_path": name, "tokenizer": tokenizer_name, "from_config": None, "reference": None}
+    )
     tokenizer = load_tokenizer(config)
     with seeded(0):
-        model = pretrained(config, "auto", head or head_of(config))
+        model = pretrained(config, "auto", head or head_of(config), compute_dtype)
         fit_embeddings(model, tokenizer)
     set_padding(model, tokenizer)
     return model.eval(), tokenizer
 
 
-def _load_adapter(folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def _load_adapter(
+    folder: Path, like: ModelConfig, compute_dtype: torch.dtype = torch.float32
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     from peft import PeftModel
     from transformers import GenerationConfig
 
     check_safetensors(folder / ADAPTER_WEIGHTS)
     own_tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
-    base, tokenizer = _load_full(base_of(folder), own_tokenizer, head_of_adapter(folder))
+    name = base_of(folder)
+    revision = (like.revision or base_revision_of(folder)) if is_hub_name(name) else None
+    like = like.model_copy(update={"revision": revision})
+    base, tokenizer = _load_full(name, like, own_tokenizer, head_of_adapter(folder), compute_dtype)
     with loading(f"the adapter {folder}"), quietly():
         model = PeftModel.from_pretrained(base, folder)
     check_finite(model, str(folder))

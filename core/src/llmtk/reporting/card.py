@@ -27,7 +27,8 @@ def card(run: Run, result: Result) -> str:
         *((name, f"{value:.4f}") for name, value in result.metrics.items()),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    library = "peft" if run.config.peft else "transformers"
+    is_adapter = hasattr(run.model, "peft_config") and not train.merge_and_save
+    library = "peft" if is_adapter else "transformers"
     return (
         f"---\nlibrary_name: {library}\ntags: [llmtk, {run.stage_name}]\n---\n\n# {run.output_dir.name}\n\n"
         f"Trained with llmtk: {run.stage.summary}\n\n| | |\n|---|---|\n{table}\n\n"

@@ -47,4 +47,5 @@ def say_result(run: Run, result: Result) -> None:
 def model_name(run: Run) -> str:
     """Return what the model is called."""
     model = run.config.model
-    return model.name_or_path or f"{(model.from_config or {}).get('model_type')} from scratch"
+    name = model.name_or_path or f"{(model.from_config or {}).get('model_type')} from scratch"
+    return f"{name} ({model.quantization})" if model.quantization else name

@@ -254,9 +254,10 @@ def _coarseness(dtype: torch.dtype) -> float:
 
 def _autocast(root: nn.Module, coarsest: torch.dtype) -> contextlib.AbstractContextManager[Any]:
     """Return the context in which weights of several dtypes, as a reference has, compute together."""
-    parameter = next(root.parameters())
-    mixed = any(other.dtype != parameter.dtype for other in root.parameters())
-    return torch.autocast(parameter.device.type, coarsest) if mixed else contextlib.nullcontext()
+    # Quantised weights are whole numbers, and compute in a dtype of their own.
+    dtypes = {parameter.dtype for parameter in root.parameters() if parameter.is_floating_point()}
+    device = next(root.parameters()).device
+    return torch.autocast(device.type, coarsest) if len(dtypes) > 1 else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -21,24 +21,19 @@ if TYPE_CHECKING:
     from llmtk.data import Row
     from llmtk.run import Run
 
+ADAPTER = "adapter"
+"""The folder of an adapter within that of the model which it is merged into."""
+
 
 def build_models(view: RunView) -> Models:
     """Load or make the configuration's model, with an adapter if it asks for one."""
     from llmtk.models.adapters import add_adapter
-    from llmtk.models.checks import adapter_folder
     from llmtk.models.loading import load_model
 
     run = cast("Run", view)
     config = run.config
     if run.opened is not None:
         return _opened(run, run.opened)
-    if config.peft is not None and adapter_folder(config.model.name_or_path):
-        raise ConfigurationError(
-            "peft: model.name_or_path is an adapter, which is trained on as it is. Leave peft out, or give the folder "
-            "of a full model (a merged one, to keep what the adapter has learnt)"
-        )
-    if config.peft is not None and config.model.from_config is not None:
-        raise ConfigurationError("peft needs a trained model: model.from_config has random weights. Leave peft out")
     model: Any = load_model(
         config.model,
         run.tokenizer,
@@ -52,7 +47,14 @@ def build_models(view: RunView) -> Models:
         # transformers 5.23 has another name for it, and warns of the one that 5.17 knows.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return _with_reference(run, model if config.peft is None else add_adapter(model, config.peft, config.train.seed))
+    if config.peft is not None:
+        model = add_adapter(model, config.peft, config.train.seed, config.model.revision)
+    if config.train.merge_and_save and getattr(model, "is_quantized", False) and not config.model.quantization:
+        raise ConfigurationError(
+            f"train.merge_and_save: {config.model.name_or_path} is saved quantised, and merging would round the "
+            "adapter away with the weights. Leave it out, or train on the model as it was before it was quantised"
+        )
+    return _with_reference(run, model)
 
 
 def _with_reference(run: Run, root: nn.Module) -> Models:
@@ -159,8 +161,15 @@ def build_optimizer(view: RunView) -> torch.optim.Optimizer:
 
 
 def export_model(view: RunView, path: Path) -> None:
-    """Write the model, or its adapter, with the tokenizer."""
-    from llmtk.models.saving import save_model
+    """Write the model, or its adapter, with the tokenizer; with merge_and_save, the adapter in a folder within."""
+    from llmtk.models.saving import save_merged, save_model
 
     run = cast("Run", view)
-    save_model(run.model, run.tokenizer, path)
+    if not run.config.train.merge_and_save:
+        save_model(run.model, run.tokenizer, path)
+        return
+    adapter = path / ADAPTER
+    save_model(run.model, run.tokenizer, adapter)
+    save_merged(adapter, path, run.config.model)
+    base = "its base as that was before it was quantised" if run.config.model.quantization else "its base"
+    run.notify(f"{path} has the adapter merged into {base}; {adapter} has the adapter alone")
