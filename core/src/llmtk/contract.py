@@ -55,6 +55,11 @@ class Data:
 
     train: Dataset
     eval: Dataset | None = None
+    test: Dataset | None = None
+    """What the finished model is evaluated on, once."""
+    mixture: Sequence[tuple[int, float]] = ()
+    """(rows, weight) of each part of the training rows, in their order: how often each row comes in an epoch. Empty:
+    each once."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from llmtk.config.reading import merge, read_file
 from llmtk.config.secrets import concealed
+from llmtk.config.sections import HELD_OUT
 from llmtk.errors import CheckpointError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -240,8 +241,8 @@ def _settings(run: Run) -> dict[str, Any]:
     from llmtk.config.run_config import spelt_out
 
     settings = spelt_out(run.config)
-    for split in ("train", "eval"):
-        rows = settings["data"].get(split)
+    for split in ("train", *HELD_OUT):
+        rows = getattr(run.config.data, split)
         if isinstance(rows, list) and rows and isinstance(rows[0], dict):
             settings["data"][split] = f"({len(rows)} rows given in Python)"
     return settings
@@ -250,7 +251,9 @@ def _settings(run: Run) -> dict[str, Any]:
 def _data_hashes(run: Run) -> dict[str, Any]:
     """Return the number and SHA-256 of the rows of each split, as read."""
     splits = {"train": run.splits.train, "eval": run.splits.eval or []}
-    hashes = {}
+    if run.splits.test is not None:
+        splits["test"] = run.splits.test
+    hashes: dict[str, Any] = {}
     for name, rows in splits.items():
         digest = hashlib.sha256()
         for row in rows:

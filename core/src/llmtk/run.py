@@ -21,7 +21,7 @@ from llmtk import scoring
 from llmtk.batch import Batch, Mean
 from llmtk.config.reading import merge
 from llmtk.config.run_config import RunConfig, resolve
-from llmtk.contract import REFERENCE, Dataset, Row, Stage
+from llmtk.contract import REFERENCE, Data, Dataset, Row, Stage
 from llmtk.errors import ConfigurationError, LlmtkError
 from llmtk.folder import RunFolder
 from llmtk.generation import Completion, Engine, Sampling
@@ -188,6 +188,15 @@ class Run:
         texts = [[self.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in copies] for copies in answers]
         found = texts if settings.n > 1 else [copies[0] for copies in texts]
         return found[0] if isinstance(prompts, str) else found
+
+    def load_data(self) -> Data:
+        """Read and encode the rows as a run does before it trains, without a model, and without writing anything."""
+        from llmtk.data import read_splits
+
+        if not hasattr(self, "splits"):
+            self._meet()
+            self.splits = read_splits(self.config.data, self.stage.row_types, seed=self.data_seed)
+        return self._encode_data()
 
     def save(self, path: str | Path) -> None:
         """Write the model as it is now, loadable with from_pretrained."""
@@ -475,17 +484,14 @@ class Run:
             self.notify("WARNING: model.trust_remote_code is on: Python code that comes with the model runs as you")
         self.splits = read_splits(self.config.data, self.stage.row_types, seed=self.data_seed)
         self._check_evaluation()
-        self._load_tokenizer()
-        for notice in self.splits.notices:
-            self.notify(notice)
-        data = self.hooks.build_data()
-        self.train_rows, self.eval_rows = data.train, data.eval
+        data = self._encode_data()
+        self.train_rows, self.eval_rows, self.test_rows = data.train, data.eval, data.test
         self._train_lengths = row_lengths(data.train)
         self._load_models()
         optimizer = self.hooks.build_optimizer()
         self.backend.prepare(self.model, self.frozen, optimizer)
         self.optimizer = optimizer
-        self.order = RowOrder(len(self.train_rows), self.data_seed, self.hooks.order_examples)
+        self.order = self._row_order(data)
         self.plan = self._make_plan()
         self.scheduler = optimizers.build_scheduler(optimizer, self.config.train, self.plan.max_steps)
         self._schedule_waits = optimizers.waits_for_evaluation(self.config.train)
@@ -495,14 +501,25 @@ class Run:
 
     def _start(self) -> None:
         """Meet the other ranks, and settle on a folder."""
-        self.backend = Backend(self.config.train, str(self.folder.path))
-        self.console.speaks = self.backend.is_main
+        self._meet()
         if self.exported is None:
             self.folder.settle(self.backend)
+
+    def _meet(self) -> None:
+        """Make the backend, and check that all ranks run the same."""
+        self.backend = Backend(self.config.train, str(self.folder.path))
+        self.console.speaks = self.backend.is_main
         self.randomness = Randomness(self.config.train.seed, self.backend.rank)
         digest = manager.digest(manager.plugin_versions(self.manager))
         if len(set(self.gather(digest))) > 1:
             raise ConfigurationError("the ranks have other plugins, or other versions of them; install the same on all")
+
+    def _encode_data(self) -> Data:
+        """Load the tokenizer, say what there is to say of the rows, and encode them."""
+        self._load_tokenizer()
+        for notice in self.splits.notices:
+            self.notify(notice)
+        return self.hooks.build_data()
 
     def _load_tokenizer(self) -> None:
         from llmtk.data import chat_template
@@ -543,12 +560,21 @@ class Run:
         forced = "train.scoring" if self.config.train.scoring == "padded" else ""
         return scoring.choose(model, self.gather, forced)
 
+    def _row_order(self, data: Data) -> RowOrder:
+        """Return the order of the training rows. ConfigurationError where a plugin would order what it cannot."""
+        if data.mixture and self.manager.hook.order_examples.get_hookimpls():
+            raise ConfigurationError(
+                "data.train: a plugin orders the rows of this run (order_examples), and sources with weights cannot be "
+                "ordered. Leave one of them out"
+            )
+        return RowOrder(len(data.train), self.data_seed, self.hooks.order_examples, mixture=data.mixture)
+
     def _make_plan(self) -> Plan:
         from llmtk.models.loading import parameter_counts
 
         config = self.config.train
         windows = self.stage.windows_per_round
-        per_epoch = -(-len(self.train_rows) // self.global_rows) * windows
+        per_epoch = -(-self.order.rows // self.global_rows) * windows
         epochs = -(-per_epoch * config.num_train_epochs // 1)
         trained, total = parameter_counts(self.model)
         return Plan(
@@ -624,7 +650,7 @@ class Run:
             if best.step != self.state.step:
                 checkpoints.load_weights(path / "weights.safetensors", self.model)
             self.notify(f"The exported model is the best one, of step {best.step}")
-        metrics = dict(self.state.last_evaluation)
+        metrics = {**self.state.last_evaluation, **self._test()}
         if self.demo:
             metrics |= {f"{name}_before": value for name, value in (before or {}).items()}
             metrics |= {f"{name}_after": value for name, value in self._measure().items()}
@@ -641,6 +667,11 @@ class Run:
                 self.folder.finish(self, result)
         summary.say_result(self, result)
         return result
+
+    def _test(self) -> dict[str, float]:
+        """Evaluate the model that is exported on the test rows, unless a signal has stopped the run."""
+        values = None if self.test_rows is None else evaluate(self, self.test_rows)
+        return {f"test_{name}": value for name, value in (values or {}).items()}
 
     def _measure(self) -> dict[str, float]:
         assert self.demo is not None
@@ -698,7 +729,7 @@ class Run:
     def _encode(self, data: Any) -> Dataset:
         from llmtk.data import read_rows
 
-        return self.stage.encode_rows(self, read_rows(data, self.stage.row_types))
+        return self.stage.encode_rows(self, read_rows(data, self.stage.row_types, self.config.data))
 
     def ask_to_stop(self, number: int) -> None:
         """Stop after the step that is under way, with a checkpoint."""

@@ -118,7 +118,7 @@ def test_an_empty_section_is_one_with_every_line_commented_out() -> None:
         ({"peft": {"r": 0}}, "peft.r: expected at least 1, got 0"),
         ({"plugins": {"a": 3}}, "plugins.a: expected keys and values, got 3"),
         ({"plugins": ["a"]}, 'plugins: expected keys and values, got ["a"]'),
-        ({"data": {"train": 3}}, "data.train: expected text or a list, got 3"),
+        ({"data": {"train": 3}}, "data.train: expected text or keys and values or a list, got 3"),
         ({"data": {"eval": 1.5}}, "data: eval is a share of the training data between 0 and 1"),
         ({"model": {"tokenizer": {"kind": "x"}}}, "model.tokenizer.kind: expected 'char', 'bpe' or 'byte', got \"x\""),
         ({"model": {"tokenizer": {}}}, "model.tokenizer.kind: required, and not given"),
@@ -205,6 +205,7 @@ LAYERS = [
     {},
     {"train": {"save_strategy": "epoch", "lr_scheduler_kwargs": {"min_lr": 1e-5}, "run_name": "5e-7"}},
     {"model": {"tokenizer": {"kind": "char"}}, "data": {"train": ["a", "no"], "eval": 0.1}},
+    {"data": {"train": [{"path": "a", "weight": 2}, "b"], "eval": {"path": "c", "columns": {"x": None}}, "test": 0.1}},
     {
         "peft": {"r": 2},
         "plugins": {"x": {"y": [1, None]}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from itertools import chain
 
@@ -80,3 +81,43 @@ def test_a_plugin_may_order_some_epochs():
 def test_an_order_that_is_no_permutation_is_refused(answer):
     with pytest.raises(PluginError, match=f"all 4 rows, each once; it gave {len(answer)}"):
         RowOrder(4, 0, lambda epoch: answer).take(1)
+
+
+# -- mixtures -----------------------------------------------------------------------------------------------------
+
+
+def test_each_row_comes_as_often_as_its_source_weighs():
+    order = RowOrder(9, seed=5, mixture=[(4, 2.0), (5, 0.4)])
+    assert order.rows == 10
+    counts = Counter()
+    for epoch in range(5):
+        rows = [index for batch in take_epoch(order, 3) for index in batch]
+        assert Counter(rows)[0] == 2, f"epoch {epoch}"
+        assert sum(index >= 4 for index in rows) == 2
+        counts.update(rows)
+    assert [counts[index] for index in range(9)] == [10] * 4 + [2] * 5
+
+
+def test_a_fraction_of_a_source_changes_from_epoch_to_epoch():
+    order = RowOrder(6, seed=0, mixture=[(6, 0.5)])
+    first, second, third = ({index for batch in take_epoch(order, 2) for index in batch} for _ in range(3))
+    assert first | second == set(range(6))
+    assert first == third
+
+
+def test_a_mixture_is_a_pure_function_of_seed_and_epoch():
+    def take(seed, epoch):
+        order = RowOrder(9, seed=seed, mixture=[(4, 1.5), (5, 1.0)])
+        order.cursor = Cursor(epoch, 3)
+        return order.take(4)
+
+    assert take(1, 2) == take(1, 2)
+    assert len({tuple(take(seed, epoch)) for seed in (1, 2) for epoch in (2, 3)}) == 4
+
+
+def test_a_million_rows_are_passed_over_at_once():
+    order = RowOrder(2_000_000, seed=0)
+    order.cursor = Cursor(3, 1_000_000)
+    start = time.perf_counter()
+    assert len(order.take(64)) == 64
+    assert time.perf_counter() - start < 1

@@ -6,9 +6,12 @@ named after it. The text under each key is what ``llmtk show`` and the JSON Sche
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from llmtk.errors import suggest
 
 
 class Section(BaseModel):
@@ -17,8 +20,62 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-Source = str | list[str] | list[dict[str, Any]]
-"""A file, several files, or (from Python) the rows themselves."""
+def _apart(columns: dict[str, str | None]) -> dict[str, str | None]:
+    names = [name for name in columns.values() if name is not None]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"several columns are named {twice[0]}; give each a name of its own")
+    return columns
+
+
+Columns = Annotated[dict[str, str | None], AfterValidator(_apart)]
+"""A column's name in the data -> its name in one of llmtk's formats, or null to leave it out."""
+
+
+class SourceConfig(Section):
+    """One source of rows, where more is to be said than its path."""
+
+    path: str
+    """A file, a folder that `datasets` has saved, a data set's name on the hub, or a name from data.catalog."""
+    name: str | None = None
+    """Which configuration of a hub data set, as in `datasets.load_dataset`."""
+    split: str | None = None
+    """Which split of a hub data set, or of a saved one that has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    format: str | None = None
+    """The format's name, where the columns fit several. By default it is told by the columns."""
+    columns: Columns | None = None
+    """As data.columns, for this source alone."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often each row comes in an epoch. 2: twice. 0.5: every other row, and the others in the next epoch. Training
+    data alone."""
+
+
+def _names_source(item: object) -> bool:
+    """Tell a source from a row: it has a path, and all its keys are those of a source, or nearly."""
+    if not isinstance(item, Mapping):
+        return isinstance(item, str | SourceConfig)
+    known = SourceConfig.model_fields
+    return "path" in item and all(key in known or suggest(str(key), known) for key in item)
+
+
+def _kind_of_list(value: object) -> str:
+    return "sources" if isinstance(value, list) and any(map(_names_source, value)) else "rows"
+
+
+Source = (
+    str
+    | SourceConfig
+    | Annotated[
+        Annotated[list[str | SourceConfig], Tag("sources")] | Annotated[list[dict[str, Any]], Tag("rows")],
+        Discriminator(_kind_of_list),
+    ]
+)
+"""A source, several, or (from Python) the rows themselves. A text is a source's path."""
+
+
+HELD_OUT = ("eval", "test")
+"""The splits of the data that nothing is learnt from."""
 
 
 class TokenizerConfig(Section):
@@ -105,9 +162,19 @@ class DataConfig(Section):
     """Where rows come from, and how they become tokens."""
 
     train: Source | None = None
-    """Training data: a JSON, JSONL or text file, or several."""
+    """Training data: a JSON, JSONL, CSV, Parquet or text file, a folder that `datasets` has saved, a data set's name on
+    the hub, or a name from data.catalog. Or several, each with settings of its own: {path: ..., weight: 2}."""
     eval: float | Source | None = None
-    """Evaluation data: a share of the training data to hold out (0.1), or files."""
+    """Evaluation data: a share of the training data to hold out (0.1), or sources."""
+    test: float | Source | None = None
+    """Data that the finished model is evaluated on once, its metrics named `test_...`: a share to hold out, or
+    sources."""
+    columns: Columns = Field(default_factory=dict)
+    """Names of columns in the data -> those of llmtk's formats: {question: prompt, answer: completion}. `a.b` is the
+    column b inside of a; null leaves a column out. For every source without columns of its own."""
+    catalog: str | None = None
+    """A YAML file that names your own data sets: NAME: PATH, or NAME: {path: ..., columns: ...}. Its relative paths
+    start at its folder."""
     max_length: int = Field(2048, ge=2)
     """Tokens of a sequence, at most."""
     on_too_long: Literal["truncate", "drop"] = "truncate"
@@ -116,10 +183,33 @@ class DataConfig(Section):
     """The chat template: a file, or `chatml`. By default the tokenizer's own."""
 
     @model_validator(mode="after")
-    def _share_is_a_share(self) -> DataConfig:
-        if isinstance(self.eval, float) and not 0 < self.eval < 1:
-            raise ValueError(f"eval is a share of the training data between 0 and 1, or files; it is {self.eval}")
+    def _shares_are_shares(self) -> DataConfig:
+        shares = shares_of(self)
+        for name, share in shares.items():
+            if not 0 < share < 1:
+                raise ValueError(f"{name} is a share of the training data between 0 and 1, or files; it is {share}")
+        if sum(shares.values()) >= 1:
+            raise ValueError(f"eval and test hold out {sum(shares.values()):g} of the training data, which leaves none")
         return self
+
+    @model_validator(mode="after")
+    def _weights_are_for_training(self) -> DataConfig:
+        for name in HELD_OUT:
+            if any(source.weight != 1 for source in sources_of(getattr(self, name))):
+                raise ValueError(f"{name} has a source with a weight; every row is evaluated once. Leave weight out")
+        return self
+
+
+def shares_of(config: DataConfig) -> dict[str, float]:
+    """Return the shares of the training data that are held out, by split."""
+    return {name: value for name in HELD_OUT if isinstance(value := getattr(config, name), float)}
+
+
+def sources_of(given: object) -> list[SourceConfig]:
+    """Return the sources that a split names; none for a share, or for rows."""
+    items = given if isinstance(given, list) else [given]
+    found = [SourceConfig(path=item) if isinstance(item, str) else item for item in items]
+    return [item for item in found if isinstance(item, SourceConfig)]
 
 
 class PeftConfig(Section):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmtk.data.rows import (
+    Cell,
     Dialogue,
     Labelled,
     Message,
@@ -24,10 +25,10 @@ from llmtk.data.rows import (
     kind,
     reachable,
 )
-from llmtk.errors import DatasetError
+from llmtk.errors import ConfigurationError, DatasetError, suggest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence, Set
 
 Columns = dict[str, Any]
 
@@ -85,7 +86,7 @@ def _alpaca_preference(columns: Columns, place: str) -> Row:
     for name in ("chosen", "rejected"):
         check_text(name, columns[name])
     chosen, rejected = ([_said(columns[name])] for name in ("chosen", "rejected"))
-    return Pair(_alpaca_prompt(columns), chosen, rejected, margin=columns.get("margin"), place=place)
+    return Pair(_alpaca_prompt(columns), chosen, rejected, margin=_margin(columns), place=place)
 
 
 def _alpaca_prompt(columns: Columns) -> list[Message]:
@@ -124,7 +125,7 @@ def _preference(columns: Columns, place: str) -> Row:
             prompt, chosen, rejected = shared, chosen[len(shared) :], rejected[len(shared) :]
         else:
             prompt = [{"role": "user", "content": prompt}]
-    return Pair(prompt, chosen, rejected, _tools(columns), columns.get("margin"), place=place)
+    return Pair(prompt, chosen, rejected, _tools(columns), _margin(columns), place=place)
 
 
 def _implicit_preference(columns: Columns, place: str) -> Row:
@@ -141,7 +142,7 @@ def _implicit_preference(columns: Columns, place: str) -> Row:
     else:
         raise RowError(f"chosen is {kind(chosen)} and rejected {kind(rejected)}; both must be text, or messages")
     prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
-    return Pair(prompt, chosen, rejected, _tools(columns), columns.get("margin"), place=place)
+    return Pair(prompt, chosen, rejected, _tools(columns), _margin(columns), place=place)
 
 
 def _common_messages(chosen: list[Message], rejected: list[Message]) -> list[Message]:
@@ -167,23 +168,63 @@ def _common_words(chosen: str, rejected: str) -> int:
     return 0 if chosen[:length].isascii() or length in (len(chosen), len(rejected)) else length
 
 
+def _sharegpt_dialogue(columns: Columns, place: str) -> Row:
+    messages = _system(columns.get("system", "")) + _sharegpt(columns["conversations"], "conversations")
+    return Dialogue(messages, _sharegpt_tools(columns), place=place)
+
+
 def _sharegpt_preference(columns: Columns, place: str) -> Row:
     turns = _sharegpt(columns["conversations"], "conversations")
     chosen, rejected = (_sharegpt(_listed(columns[name]), name) for name in ("chosen", "rejected"))
     prompt = _system(columns.get("system", "")) + turns
-    return Pair(prompt, chosen, rejected, _tools(columns), columns.get("margin"), place=place)
+    return Pair(prompt, chosen, rejected, _sharegpt_tools(columns), _margin(columns), place=place)
 
 
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
 
 
 def _sharegpt(turns: Any, name: str) -> list[Message]:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise RowError(f"{name} must be a list of turns, each with from and value")
     for turn in turns:
-        if turn.get("from") not in _SHAREGPT_ROLES:
+        if not isinstance(turn.get("from"), str) or turn["from"] not in _SHAREGPT_ROLES:
             raise RowError(f"a turn of {name} is from {turn.get('from')!r}; known are {', '.join(_SHAREGPT_ROLES)}")
-    return [{"role": _SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")} for turn in turns]
+    return [_sharegpt_message(turn, f"turn {number} of {name}") for number, turn in enumerate(turns, start=1)]
+
+
+def _sharegpt_message(turn: dict[str, Any], name: str) -> Message:
+    if turn["from"] == "function_call":
+        return {"role": "assistant", "content": "", "tool_calls": _sharegpt_calls(turn.get("value"), name)}
+    return {"role": _SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")}
+
+
+def _sharegpt_calls(value: Any, name: str) -> list[dict[str, Any]]:
+    """Return calls, which stand there as JSON with name and arguments, in the form that chat templates know."""
+    try:
+        calls = json.loads(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError(f"{name} is a function_call, but not JSON: {error}") from error
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
+        raise RowError(f"{name} is a function_call without name and arguments")
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _sharegpt_tools(columns: Columns) -> Any:
+    """Return the tools; a bare function, as this format has them, is put into the form that chat templates know."""
+    tools = _tools(columns)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        return tools
+    return [{"type": "function", "function": tool} if "name" in tool else tool for tool in tools]
 
 
 def _listed(answer: Any) -> Any:
@@ -193,7 +234,7 @@ def _listed(answer: Any) -> Any:
 
 def _labelled(columns: Columns, place: str) -> Row:
     prompt, completion = _clean(columns["prompt"]), _clean(_listed(columns["completion"]))
-    return Labelled(prompt, completion, columns["label"], _tools(columns), place=place)
+    return Labelled(prompt, completion, _label(columns), _tools(columns), place=place)
 
 
 def _labelled_messages(columns: Columns, place: str) -> Row:
@@ -201,7 +242,22 @@ def _labelled_messages(columns: Columns, place: str) -> Row:
     check_messages("messages", messages)
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise RowError("messages must end with the assistant's turn, which the label judges, behind a prompt")
-    return Labelled(messages[:-1], messages[-1:], columns["label"], _tools(columns), place=place)
+    return Labelled(messages[:-1], messages[-1:], _label(columns), _tools(columns), place=place)
+
+
+def _label(columns: Columns) -> Any:
+    """Return the label; a table can but spell it."""
+    label = columns["label"]
+    return {"true": True, "false": False}.get(label.lower(), label) if isinstance(label, Cell) else label
+
+
+def _margin(columns: Columns) -> Any:
+    """Return the margin, if there is one; a table can but spell it."""
+    margin = columns.get("margin")
+    try:
+        return float(margin) if isinstance(margin, Cell) else margin
+    except ValueError:
+        return margin
 
 
 def _prompt(columns: Columns, place: str) -> Row:
@@ -272,6 +328,7 @@ FORMATS: dict[str, Format] = {
             _alpaca_preference,
             frozenset({"input", "system", "history", "margin"}),
         ),
+        Format("sharegpt", Dialogue, frozenset({"conversations"}), _sharegpt_dialogue, frozenset({"system", "tools"})),
         Format(
             "sharegpt preference",
             Pair,
@@ -295,6 +352,30 @@ FORMATS: dict[str, Format] = {
 }
 
 
+def named(name: str, columns: Set[str], row_types: Sequence[str], where: str) -> Format:
+    """Return the format that a source says it has.
+
+    Raises :class:`ConfigurationError` for an unknown one, and :class:`DatasetError` for one that the columns do not fit
+    or that gives no rows of a wanted type.
+    """
+    if name not in FORMATS:
+        raise ConfigurationError(
+            f"{where}: there is no format {name!r}.{suggest(name, FORMATS)} Known are {', '.join(FORMATS)}."
+        )
+    form = FORMATS[name]
+    if missing := sorted(form.needs - columns):
+        raise DatasetError(
+            f"{where} lacks {' and '.join(missing)}, which the format {name} needs. Its columns are "
+            f"{', '.join(sorted(columns))}; data.columns renames them."
+        )
+    if not reachable(form.row_type.type, row_types):
+        raise DatasetError(
+            f"{where}: the format {name} gives rows of type {form.row_type.type}, and rows of type "
+            f"{' or '.join(row_types)} are needed here."
+        )
+    return form
+
+
 def recognise(columns: Iterable[str], row_types: Sequence[str], where: str) -> Format:
     """Return the one format that the columns fit and that gives rows of a wanted type; other columns are ignored.
 
@@ -303,10 +384,10 @@ def recognise(columns: Iterable[str], row_types: Sequence[str], where: str) -> F
     columns = sorted(set(columns))
     fitting = [entry for entry in FORMATS.values() if entry.needs <= set(columns)]
     useful = [entry for entry in fitting if reachable(entry.row_type.type, row_types)]
-    # What is there as it is wanted goes before what would have to be converted.
-    useful = [entry for entry in useful if entry.row_type.type in row_types] or useful
     # A format that needs all that another needs, and more, says more about the row.
     exact = [entry for entry in useful if not any(entry.needs < other.needs for other in useful)]
+    # What is there as it is wanted goes before what would have to be converted.
+    exact = [entry for entry in exact if entry.row_type.type in row_types] or exact
     if len(exact) == 1:
         return exact[0]
     raise DatasetError(_explain(where, columns, row_types, fitting, exact))
@@ -320,9 +401,15 @@ def _explain(
     found = f"{where} has the columns {', '.join(columns) or '(none)'}"
     if exact:
         names = " and of ".join(entry.name for entry in exact)
-        return f"{found}, which fit the formats of {names}. Leave out the columns of all but one. They need:{needs}"
+        return (
+            f"{found}, which fit the formats of {names}. Leave out the columns of all but one, in the data or "
+            f"with data.columns ({{NAME: null}}), or give the source its format. They need:{needs}"
+        )
     if fitting:
         given = ", ".join(f"{entry.name} (rows of type {entry.row_type.type})" for entry in fitting)
         wanted = " or ".join(row_types)
         return f"{found}: the format {given}. Rows of type {wanted} are needed here. The formats for these:{needs}"
-    return f"{found}, which fit no format that is known here. Rename them to one of these:{needs}"
+    return (
+        f"{found}, which fit no format that is known here. Rename them to one of these, in the data or with "
+        f"data.columns ({{THEIRS: OURS}}):{needs}"
+    )

@@ -3,47 +3,66 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from llmtk.data.formats import Format, recognise
+from llmtk.config.sections import HELD_OUT, shares_of, sources_of
+from llmtk.data.catalog import Catalog, read_catalog
+from llmtk.data.columns import rename
+from llmtk.data.formats import Format, named, recognise
 from llmtk.data.rows import Labelled, Pair, Row, RowError, Text, convert
-from llmtk.data.sources import Record, open_source
+from llmtk.data.sources import Record, open_sources
 from llmtk.errors import ConfigurationError, DatasetError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from llmtk.config.sections import DataConfig
+    from llmtk.config.sections import DataConfig, SourceConfig
 
+NO_DATA = "data.train is missing: give a file, for example data.train=rows.jsonl."
 SHOWN = 10
 """Bad rows that an error names before it only counts."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The rows to train and to evaluate on, in the order of the data, and what should be said about them."""
+    """The rows to train, to evaluate and to test on, in the order of the data, and what should be said about them."""
 
     train: list[Row]
     eval: list[Row] | None
     notices: list[str] = field(default_factory=list)
+    test: list[Row] | None = None
+    mixture: list[tuple[int, float]] = field(default_factory=list)
+    """(rows, weight) of each source of the training rows, in their order; empty where each row comes once an epoch."""
 
 
 @dataclass
-class _Reading:
+class Reading:
     """Reads sources into rows of the wanted types, and gathers what is wrong, so that one error tells all."""
 
     row_types: Sequence[str]
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+    """New names of columns, for sources without any of their own."""
+    catalog: Catalog = field(default_factory=dict)
     total: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)
+    """Place, and what is wrong there."""
     notices: list[str] = field(default_factory=list)
 
-    def rows(self, source: Any) -> list[Row]:
-        return [row for name, records in open_source(source) for row in self._rows_of_file(name, records)]
+    def parts(self, given: Any) -> list[tuple[list[Row], float]]:
+        """Return the rows of each source, and its weight. Raises :class:`DatasetError` for one that cannot be read."""
+        opened = open_sources(given, self.catalog)
+        return [(self.read(source, records)[0], source.weight) for source, records in opened]
+
+    def rows(self, given: Any) -> list[Row]:
+        """Return the rows of all sources."""
+        return [row for rows, _ in self.parts(given) for row in rows]
 
     def refuse_bad(self) -> None:
+        """Raise :class:`DatasetError` if any row cannot be used: the first ten, then a count."""
         if not self.bad:
             return
         lines = [f"  {place}: {reason}" for place, reason in self.bad[:SHOWN]]
@@ -52,25 +71,34 @@ class _Reading:
         head = f"{len(self.bad)} of {self.total} rows cannot be used; mend them, or take them out:"
         raise DatasetError("\n".join([head, *lines]))
 
-    def _rows_of_file(self, name: str, records: list[Record]) -> Iterator[Row]:
-        """Yield the good rows of one file. All its records share one format, told by the columns of all of them."""
+    def read(
+        self, source: SourceConfig, records: Sequence[Record], form: Format | None = None
+    ) -> tuple[list[Row], Format | None]:
+        """Return the good rows of one source, and their format: the one given, or as all of their columns tell."""
         self.total += len(records)
-        form = self._format(name, records)
+        columns = self.columns if source.columns is None else source.columns
+        records = rename(source.path, records, columns)
+        form = form or self._format(source, records)
+        rows: list[Row] = []
         for place, record in records:
             try:
-                yield from self._row(place, record, form)
+                rows.extend(self._row(place, record, form))
             except RowError as error:
                 self.bad.append((place, str(error)))
+        return rows, form
 
-    def _format(self, name: str, records: list[Record]) -> Format | None:
+    def _format(self, source: SourceConfig, records: Sequence[Record]) -> Format | None:
         found = (record for _, record in records if isinstance(record, dict))
         columns = {str(key) for record in found for key, value in record.items() if value is not None}
         if not columns:
             return None
-        form = recognise(columns, self.row_types, name)
+        if source.format is not None:
+            form = named(source.format, columns, self.row_types, source.path)
+        else:
+            form = recognise(columns, self.row_types, source.path)
         unused = sorted(columns - form.needs - form.optional)
         if unused and not form.takes_all:
-            self.notices.append(f"{name} is read as {form.name}; not used: {', '.join(unused)}.")
+            self.notices.append(f"{source.path} is read as {form.name}; not used: {', '.join(unused)}.")
         return form
 
     def _row(self, place: str, record: dict[str, Any] | RowError, form: Format | None) -> Sequence[Row]:
@@ -81,8 +109,13 @@ class _Reading:
         return convert(form.row(record, place), self.row_types)
 
 
+def reading_of(config: DataConfig, row_types: Sequence[str]) -> Reading:
+    """Return what reads a configuration's sources. Raises :class:`ConfigurationError` for a catalog that is broken."""
+    return Reading(row_types, config.columns, read_catalog(config.catalog))
+
+
 def read_splits(config: DataConfig, row_types: Sequence[str], *, seed: int) -> Splits:
-    """Return the checked rows of ``config.train`` and ``config.eval``, each of one of ``row_types``.
+    """Return the checked rows of ``config.train``, ``config.eval`` and ``config.test``, each of one of ``row_types``.
 
     A row whose type is in ``row_types`` stays as it is; another becomes the first of them that it converts to. A share
     is held out by row, and is a pure function of the seed and the number of rows.
@@ -90,44 +123,96 @@ def read_splits(config: DataConfig, row_types: Sequence[str], *, seed: int) -> S
     Raises :class:`ConfigurationError` where no training data is named, and :class:`DatasetError` for data that cannot
     be read, naming every bad row (the first ten, then a count).
     """
-    if config.train is None:
-        raise ConfigurationError("data.train is missing: give a file, for example data.train=rows.jsonl.")
-    reading = _Reading(row_types)
-    train = reading.rows(config.train)
-    held = None if config.eval is None or isinstance(config.eval, float) else reading.rows(config.eval)
+    reading = reading_of(config, row_types)
+    parts, held = read_sources(config, reading)
     reading.refuse_bad()
-    splits = _hold_out(train, config.eval, seed) if isinstance(config.eval, float) else Splits(train, held)
-    return replace(splits, notices=reading.notices + splits.notices)
+    train = [_Tagged(number, row) for number, (rows, _) in enumerate(parts) for row in rows]
+    notices, left = reading.notices, 1.0
+    for name, share in shares_of(config).items():
+        # Of what is left, as large a part as the share is of the whole.
+        split = _hold_out(train, share / left, f"data.{name}={share}", seed)
+        train, held[name], left = split.kept, [item.row for item in split.held], left - share
+        notices, seed = notices + split.notices, seed + 1
+    rows = [item.row for item in train]
+    return Splits(rows, held.get("eval"), notices, held.get("test"), _mixture(train, [weight for _, weight in parts]))
 
 
-def read_rows(source: str | list[str] | list[dict[str, Any]], row_types: Sequence[str]) -> list[Row]:
-    """Return the checked rows of a source, as :func:`read_splits` does."""
-    reading = _Reading(row_types)
+def read_sources(config: DataConfig, reading: Reading) -> tuple[list[tuple[list[Row], float]], dict[str, list[Row]]]:
+    """Return the rows and the weight of each training source, and the rows of each other split that has sources."""
+    if config.train is None:
+        raise ConfigurationError(NO_DATA)
+    parts = reading.parts(config.train)
+    others = {name: given for name in HELD_OUT if (given := getattr(config, name)) is not None}
+    return parts, {name: reading.rows(given) for name, given in others.items() if not isinstance(given, float)}
+
+
+def check_sources(config: DataConfig, row_types: Sequence[str]) -> Reading:
+    """Read every source as far as it goes; what is wrong with which is in ``bad`` of what is returned.
+
+    Raises :class:`ConfigurationError` where no training data is named.
+    """
+    reading = reading_of(config, row_types)
+    if config.train is None:
+        raise ConfigurationError(NO_DATA)
+    for name in ("train", *HELD_OUT):
+        given = getattr(config, name)
+        sources: Sequence[Any] = sources_of(given) or ([given] if isinstance(given, list) else [])
+        for source in sources:
+            try:
+                reading.rows(source)
+            except DatasetError as error:
+                reading.bad.append(("", str(error)))
+    return reading
+
+
+def read_rows(source: Any, row_types: Sequence[str], config: DataConfig | None = None) -> list[Row]:
+    """Return the checked rows of a source, as :func:`read_splits` does, with the columns and the catalog of a run."""
+    reading = Reading(row_types) if config is None else reading_of(config, row_types)
     rows = reading.rows(source)
     reading.refuse_bad()
     return rows
 
 
-def _hold_out(rows: list[Row], share: float, seed: int) -> Splits:
+class _Tagged(NamedTuple):
+    """A training row, and the number of the source that it is from."""
+
+    source: int
+    row: Row
+
+
+class _Split(NamedTuple):
+    kept: list[_Tagged]
+    held: list[_Tagged]
+    notices: list[str]
+
+
+def _mixture(rows: list[_Tagged], weights: list[float]) -> list[tuple[int, float]]:
+    """Return how many rows of each source there are, and its weight; nothing where all weigh 1."""
+    if all(weight == 1 for weight in weights):
+        return []
+    counts = Counter(item.source for item in rows)
+    return [(counts[number], weight) for number, weight in enumerate(weights) if counts[number]]
+
+
+def _hold_out(rows: list[_Tagged], share: float, key: str, seed: int) -> _Split:
     """Hold out a share of the rows; answers to one prompt stay on one side, or what is held out would be known."""
-    units = _units(rows)
+    units = _units([item.row for item in rows])
     count = round(len(units) * share)
-    documents = [row for row in rows if isinstance(row, Text)]
-    if count < 1 and len(documents) == len(rows):
-        return _hold_out_tails(documents, share)
+    if count < 1 and all(isinstance(item.row, Text) for item in rows):
+        return _hold_out_tails(rows, share, key)
     if len(units) < 2:
         what = f"{len(rows)} row" if len(rows) < 2 else f"{len(rows)} rows of one prompt"
         raise DatasetError(
-            f"data.eval={share} holds out a share of the training data, which has {what}. "
-            "Give at least 2 rows, or a file as data.eval."
+            f"{key} holds out a share of the training data, which has {what}. "
+            f"Give at least 2 rows, or a file as {key.partition('=')[0]}."
         )
     notices = []
     if count < 1:
-        notices.append(f"data.eval={share} of {len(rows)} rows is less than one row: 1 row is held out.")
+        notices.append(f"{key} of {len(rows)} rows is less than one row: 1 row is held out.")
     drawn = _draw(len(units), min(max(count, 1), len(units) - 1), seed)
     held = {index for unit in drawn for index in units[unit]}
-    train = [row for index, row in enumerate(rows) if index not in held]
-    return Splits(train, [row for index, row in enumerate(rows) if index in held], notices)
+    kept = [item for index, item in enumerate(rows) if index not in held]
+    return _Split(kept, [rows[index] for index in sorted(held)], notices)
 
 
 def _units(rows: list[Row]) -> list[list[int]]:
@@ -149,24 +234,27 @@ def _draw(rows: int, count: int, seed: int) -> set[int]:
     return set(np.argsort(words, kind="stable")[:count].tolist())
 
 
-def _hold_out_tails(documents: list[Text], share: float) -> Splits:
+def _hold_out_tails(documents: list[_Tagged], share: float, key: str) -> _Split:
     """Cut each document in two, for where there are too few to hold a whole one out."""
-    train: list[Row] = []
-    held: list[Row] = []
-    for row in documents:
+    train: list[_Tagged] = []
+    held: list[_Tagged] = []
+    characters = 0
+    for source, row in documents:
+        assert isinstance(row, Text)
         cut = len(row.text) - max(1, round(len(row.text) * share))
-        train.append(replace(row, text=row.text[:cut]))
-        held.append(replace(row, text=row.text[cut:], place=f"{row.place} from character {cut}"))
-    _check_halves(train + held)
-    characters = sum(len(row.text) for row in held if isinstance(row, Text))
+        train.append(_Tagged(source, replace(row, text=row.text[:cut])))
+        held.append(_Tagged(source, replace(row, text=row.text[cut:], place=f"{row.place} from character {cut}")))
+        characters += len(row.text) - cut
+    _check_halves(train + held, key)
     which = "the document" if len(documents) == 1 else f"each of the {len(documents)} documents"
-    notice = f"data.eval={share} is less than one document: the end of {which} is held out, {characters} characters."
-    return Splits(train, held, [notice])
+    notice = f"{key} is less than one document: the end of {which} is held out, {characters} characters."
+    return _Split(train, held, [notice])
 
 
-def _check_halves(rows: list[Row]) -> None:
+def _check_halves(rows: list[_Tagged], key: str) -> None:
     try:
-        for row in rows:
-            row.check()
+        for item in rows:
+            item.row.check()
     except RowError as error:
-        raise DatasetError("The text is too short to hold a share of it out: give a file as data.eval.") from error
+        name = key.partition("=")[0]
+        raise DatasetError(f"The text is too short to hold a share of it out: give a file as {name}.") from error

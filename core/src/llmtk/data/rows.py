@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 
 
+class Cell(str):
+    """Text from a table, in which a number or a truth can only be spelt. Who wants one of those may read it so."""
+
+    __slots__ = ()
+
+
 class RowError(ValueError):
     """Why a row cannot be used, in a few words. Who catches it knows the row's place."""
 
@@ -241,7 +247,8 @@ def check_tools(tools: object) -> None:
 def kind(value: object) -> str:
     """Return what a value is, in the words of JSON."""
     names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
+    of = str if isinstance(value, str) else type(value)
+    return "null" if value is None else names.get(of, of.__name__)
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)

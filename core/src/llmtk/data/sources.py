@@ -1,16 +1,21 @@
-"""Where records come from: files, read by their suffix, or Python objects.
+"""Where records come from: files, read by their suffix, data sets of the `datasets` library, or Python objects.
 
 A new kind of file is one function under :func:`reader`.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmtk.data.rows import RowError, kind
+from llmtk.config.sections import SourceConfig
+from llmtk.data.catalog import Catalog, look_up
+from llmtk.data.hub import is_hub_name, is_saved, read_hub, read_saved, refuse
+from llmtk.data.rows import Cell, RowError, kind
 from llmtk.errors import DatasetError, suggest
 
 Record = tuple[str, dict[str, Any] | RowError]
@@ -19,65 +24,94 @@ Record = tuple[str, dict[str, Any] | RowError]
 Reader = Callable[[str, bytes], Iterator[Record]]
 READERS: dict[str, Reader] = {}
 """Suffix -> what reads such a file, given its name and its bytes."""
+_BINARY: set[str] = set()
+"""Suffixes of files that are not text."""
+
+GIVEN = "The data given as a list"
+"""What messages call rows that are Python objects."""
 
 
-def reader(*suffixes: str) -> Callable[[Reader], Reader]:
+def reader(*suffixes: str, is_text: bool = True) -> Callable[[Reader], Reader]:
     """Register the decorated function for files with these suffixes (lower case, with the dot)."""
 
     def register(function: Reader) -> Reader:
         READERS.update(dict.fromkeys(suffixes, function))
+        _BINARY.update(() if is_text else suffixes)
         return function
 
     return register
 
 
-def open_source(source: str | Sequence[str] | Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[Record]]]:
-    """Yield (name, records) of each file, or of the one list of Python objects.
+def open_sources(
+    given: str | SourceConfig | Sequence[str | SourceConfig] | Sequence[dict[str, Any]], catalog: Catalog
+) -> Iterator[tuple[SourceConfig, list[Record]]]:
+    """Yield each source, as the catalog knows it, with its records. A list of Python objects is one source.
 
-    Raises :class:`DatasetError` for a file that is missing, empty, a folder, not text, or of an unknown suffix.
+    Raises :class:`DatasetError` for a file that is missing, empty, a folder, not what its suffix says, or of an unknown
+    suffix, and for a data set of `datasets` that cannot be loaded.
     """
-    if isinstance(source, str):
-        yield source, _read_file(source)
-    elif not source:
+    if not given:
         raise DatasetError("The data is an empty list: give at least one file, or one row.")
-    elif all(isinstance(item, str) for item in source):
-        for name in source:
-            yield str(name), _read_file(str(name))
+    items = given if isinstance(given, list | tuple) else [given]
+    if any(isinstance(item, str | SourceConfig) for item in items):
+        for item in items:
+            source = look_up(item if isinstance(item, SourceConfig) else SourceConfig(path=str(item)), catalog)
+            yield source, _read(source, catalog)
     else:
-        yield "The data given as a list", [(f"row {n}", _columns(item)) for n, item in enumerate(source, start=1)]
+        yield SourceConfig(path=GIVEN), [(f"row {n}", _columns(item)) for n, item in enumerate(items, start=1)]
 
 
-def _read_file(name: str) -> list[Record]:
-    path = Path(name).expanduser()
-    read = _reader_of(name, path)
+def _read(source: SourceConfig, catalog: Catalog) -> list[Record]:
+    path = Path(source.path).expanduser()
+    if is_hub_name(source.path):
+        records = read_hub(source)
+    elif path.is_dir() and is_saved(path):
+        records = read_saved(source)
+    else:
+        refuse(source, ("name", "split", "revision"), "is a file, and this is for data sets that `datasets` loads")
+        records = _read_file(source.path, path, catalog)
+    if not records:
+        raise DatasetError(f"{source.path} is empty: it holds no rows.")
+    return records
+
+
+def _read_file(name: str, path: Path, catalog: Catalog) -> list[Record]:
+    read = _reader_of(name, path, catalog)
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DatasetError(f"{name} cannot be read: {error.strerror or error}.") from error
+    if path.suffix.lower() in _BINARY:
+        return list(read(name, data))
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DatasetError(f"{name} is UTF-16 text: save it as UTF-8.")
     if b"\0" in data[:8192]:
         raise DatasetError(f"{name} is not text: byte {data.index(0)} is 0. Give a text file in UTF-8.")
     data = data.removeprefix(b"\xef\xbb\xbf")
-    records = [] if data.isspace() else list(read(name, data))
-    if not records:
-        raise DatasetError(f"{name} is empty: it holds no rows.")
-    return records
+    return list(read(name, data)) if data.strip() else []
 
 
-def _reader_of(name: str, path: Path) -> Reader:
+def _reader_of(name: str, path: Path, catalog: Catalog) -> Reader:
     if path.is_dir():
         files = sorted(item.name for item in path.iterdir() if item.suffix.lower() in READERS)
         inside = f", for example {path / files[0]}" if files else ""
         raise DatasetError(f"{name} is a folder: give a file, or a list of files{inside}.")
-    if not path.exists():
-        near = suggest(path.name, [item.name for item in path.parent.iterdir()]) if path.parent.is_dir() else ""
-        raise DatasetError(f"{name} does not exist.{near} A relative path starts at {Path.cwd()}.")
+    refuse_missing(name, path, catalog)
     suffix = path.suffix.lower()
     if suffix not in READERS:
         ending = f"the suffix {suffix}" if suffix else "no suffix"
         raise DatasetError(f"{name} has {ending}; files that can be read end in {', '.join(sorted(READERS))}.")
     return READERS[suffix]
+
+
+def refuse_missing(name: str, path: Path, catalog: Iterable[str] = ()) -> None:
+    """Raise :class:`DatasetError` where there is no such file, with the near ones that there are."""
+    if path.exists():
+        return
+    beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = suggest(path.name, [*beside, *catalog])
+    listed = f" data.catalog names {', '.join(catalog)}." if catalog else ""
+    raise DatasetError(f"{name} does not exist.{near}{listed} A relative path starts at {Path.cwd()}.")
 
 
 @reader(".jsonl", ".ndjson")
@@ -86,11 +120,12 @@ def _read_json_lines(name: str, data: bytes) -> Iterator[Record]:
     # Not splitlines(): U+2028 and its like are no line ends in JSON.
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
-            yield f"{name}:{number}", _json_line(line, offset)
+            yield f"{name}:{number}", read_line(line, offset)
         offset += len(line) + 1
 
 
-def _json_line(line: bytes, offset: int) -> dict[str, Any] | RowError:
+def read_line(line: bytes, offset: int) -> dict[str, Any] | RowError:
+    """Return what a line of JSONL holds, or what is wrong with it. It begins at byte ``offset`` of the file."""
     try:
         return _columns(json.loads(line.decode()))
     except UnicodeDecodeError as error:
@@ -133,6 +168,45 @@ def _parse(name: str, text: str) -> Any:
         raise DatasetError(f"{name}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}.") from error
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{name}: JSON that cannot be read: {error}.") from error
+
+
+@reader(".csv", ".tsv")
+def _read_table(name: str, data: bytes) -> Iterator[Record]:
+    """Read a table whose first line names the columns. A cell is text or nothing, if quoted with line breaks in it."""
+    delimiter = "\t" if Path(name).suffix.lower() == ".tsv" else ","
+    csv.field_size_limit(max(csv.field_size_limit(), len(data)))
+    lines = csv.reader(io.StringIO(_decode(name, data), newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = next(lines)
+        if twice := [column for column in header if header.count(column) > 1]:
+            raise DatasetError(f"{name}:1: the column {twice[0]!r} stands twice in the first line, which names them.")
+        line = lines.line_num + 1
+        for cells in lines:
+            if cells:
+                yield f"{name}:{line}", _cells(header, cells)
+            line = lines.line_num + 1
+    except csv.Error as error:
+        raise DatasetError(f"{name}:{lines.line_num}: broken CSV: {error}.") from error
+
+
+def _cells(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
+    if len(cells) != len(header):
+        return RowError(f"it has {len(cells)} cells, and the first line names {len(header)} columns")
+    return dict(zip(header, (Cell(cell) if cell else None for cell in cells), strict=True))
+
+
+@reader(".parquet", is_text=False)
+def _read_parquet(name: str, data: bytes) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(pa.BufferReader(data)).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise DatasetError(f"{name} is no Parquet file that can be read: {reason}.") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}: row {number}", row
 
 
 @reader(".txt")

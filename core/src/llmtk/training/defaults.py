@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from llmtk.contract import REFERENCE, Data, Models
 from llmtk.errors import ConfigurationError
 from llmtk.training import optimizers
+from llmtk.training.order import rows_taken
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import torch
     from torch import nn
 
     from llmtk.contract import Dataset, RunView
-    from llmtk.data import Row
+    from llmtk.data import Row, Splits
     from llmtk.run import Run
 
 ADAPTER = "adapter"
@@ -132,8 +134,42 @@ def _dtype_of(root: nn.Module) -> torch.dtype:
 def build_data(view: RunView) -> Data:
     """Encode the configuration's rows."""
     run = cast("Run", view)
-    train = run.stage.encode_rows(run, run.splits.train)
-    return Data(train, None if run.splits.eval is None else run.stage.encode_rows(run, run.splits.eval))
+    train, mixture = _training_rows(run)
+    held, tested = (
+        None if rows is None else run.stage.encode_rows(run, rows) for rows in (run.splits.eval, run.splits.test)
+    )
+    return Data(train, held, tested, mixture)
+
+
+def _training_rows(run: Run) -> tuple[Dataset, list[tuple[int, float]]]:
+    """Return the training rows and, where sources have weights, how many are of each: a stage may leave some out."""
+    splits = run.splits
+    if not splits.mixture:
+        return run.stage.encode_rows(run, splits.train), []
+    parts = [run.stage.encode_rows(run, rows) for rows in _by_source(splits)]
+    mixture = [(len(part), weight) for part, (_, weight) in zip(parts, splits.mixture, strict=True)]
+    shares = ", ".join(f"{rows_taken(*part):,} of {part[0]:,}" for part in mixture)
+    run.notify(f"An epoch takes of the sources, in turn, rows: {shares}.")
+    return _joined(parts), mixture
+
+
+def _joined(parts: list[Dataset]) -> Dataset:
+    import datasets
+    from torch.utils.data import ConcatDataset
+
+    joined: Any
+    if all(isinstance(part, datasets.Dataset) for part in parts):
+        joined = datasets.concatenate_datasets(parts)
+    else:
+        joined = ConcatDataset(cast("Any", parts))
+    return cast("Dataset", joined)
+
+
+def _by_source(splits: Splits) -> Iterator[list[Row]]:
+    """Yield the training rows of each source."""
+    rows = iter(splits.train)
+    for count, _ in splits.mixture:
+        yield list(islice(rows, count))
 
 
 def encode_rows(view: RunView, rows: Sequence[Row]) -> Dataset:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 Order = Callable[[int], Sequence[int] | None]
 """An epoch's order as indices, or None for the usual one."""
 Lengths = np.ndarray[Any, np.dtype[np.integer[Any]]]
+Mixture = Sequence[tuple[int, float]]
+"""(rows, weight) of each source, in the order of the rows."""
+_NO_EPOCH = 2**63
+"""A number that no epoch has, for what is drawn once."""
 
 
 @dataclass
@@ -31,10 +35,15 @@ class Cursor:
 
 
 class RowOrder:
-    """Takes row indices, epoch after epoch, each epoch in an order of its own."""
+    """Takes row indices, epoch after epoch, each epoch in an order of its own.
 
-    def __init__(self, rows: int, seed: int, order: Order = lambda epoch: None) -> None:
-        self.rows = rows
+    `mixture` is as in `llmtk.contract.Data`; without it each row comes once an epoch. No plugin orders a mixture.
+    """
+
+    def __init__(self, rows: int, seed: int, order: Order = lambda epoch: None, mixture: Mixture = ()) -> None:
+        self.rows = sum(rows_taken(*part) for part in mixture) if mixture else rows
+        """Rows of an epoch."""
+        self._mixture = mixture
         self.cursor = Cursor()
         self._seed = seed
         self._order = order
@@ -61,9 +70,16 @@ class RowOrder:
 
     def _order_of(self, epoch: int) -> Sequence[int]:
         if self._epoch_order is None or self._epoch_order[0] != epoch:
-            order = self._order(epoch)
-            self._epoch_order = (epoch, shuffled(self.rows, self._seed, epoch) if order is None else self._check(order))
+            self._epoch_order = (epoch, self._make_order(epoch))
         return self._epoch_order[1]
+
+    def _make_order(self, epoch: int) -> Sequence[int]:
+        order = self._order(epoch)
+        if order is not None:
+            return self._check(order)
+        usual: Any = shuffled(self.rows, self._seed, epoch)
+        drawn: Sequence[int] = mixed(self._mixture, self._seed, epoch)[usual] if self._mixture else usual
+        return drawn
 
     def _check(self, order: Sequence[int]) -> Sequence[int]:
         if sorted(order) != list(range(self.rows)):
@@ -77,6 +93,26 @@ def shuffled(rows: int, seed: int, epoch: int) -> Any:
     """Return the usual order of an epoch: a permutation drawn from (seed, epoch) alone."""
     key = np.array([seed % 2**64, epoch], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).permutation(rows)
+
+
+def rows_taken(rows: int, weight: float) -> int:
+    """Return how many rows an epoch takes from a source of so many: each `weight` times."""
+    return max(1, round(rows * weight)) if rows else 0
+
+
+def mixed(mixture: Mixture, seed: int, epoch: int) -> Any:
+    """Return the row indices of an epoch of a mixture, source by source.
+
+    A source's rows stand in a circle, in an order drawn from the seed alone, and an epoch takes the next
+    `rows * weight` of it. So a row comes `weight` times an epoch, and none a third time before all came twice.
+    """
+    parts, start = [], 0
+    for number, (rows, weight) in enumerate(mixture):
+        count = rows_taken(rows, weight)
+        circle = start + shuffled(rows, seed, _NO_EPOCH + number)
+        parts.append(circle[np.arange(epoch * count, (epoch + 1) * count) % max(rows, 1)])
+        start += rows
+    return np.concatenate(parts)
 
 
 def row_lengths(rows: Dataset) -> Lengths | None:

@@ -128,7 +128,7 @@ def _compute(run: Run) -> Known:
     """Ask about this rank's rows, through the stage's own `prepare_batch`, with nothing of the run changed by it."""
     recorder = _Recorder(run)
     with _answering(run, recorder), run.randomness.aside("precompute"), eval_mode(run.model), torch.no_grad():
-        for rows in filter(None, (run.train_rows, run.eval_rows)):
+        for rows in filter(None, (run.train_rows, run.eval_rows, run.test_rows)):
             for start in range(0, len(rows), run.global_rows):
                 stop = min(start + run.global_rows, len(rows))
                 mine = [rows[index] for index in range(start + run.rank, stop, run.world_size)]
@@ -157,7 +157,7 @@ def _key(run: Run) -> str:
     facts = [run.backend.precision, scorer.packed, environment()["versions"], manager.plugin_versions(run.manager)]
     for fact in (*facts, _settings(run), _configuration(model)):
         digest.update(json.dumps(fact, sort_keys=True, default=sorted).encode())
-    for rows in (run.train_rows, run.eval_rows):
+    for rows in (run.train_rows, run.eval_rows, run.test_rows):
         for row in _rows(rows):
             digest.update(repr(sorted((key, value) for key, value in row.items() if key != "place")).encode())
     return digest.hexdigest()
