@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 CONFIG, INFO, RESULTS, LOCK = "config.yaml", "run.json", "results.json", ".lock"
 MAY_CHANGE = (
     "output_dir",
+    "data.cache",
+    "data.num_proc",
     "samples",
     "train.num_train_epochs",
     "train.max_steps",

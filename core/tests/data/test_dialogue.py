@@ -182,6 +182,17 @@ def test_tools_reach_the_template_or_their_loss_is_said(make_tokenizer: Any, cha
         encoded(row, chatml_tokenizer, CHATML)
 
 
+def test_tool_calls_that_the_template_does_not_show_are_said(make_tokenizer: Any) -> None:
+    call = [{"type": "function", "function": {"name": "add", "arguments": {}}}]
+    calling = turn("assistant", "one moment") | {"tool_calls": call}
+    row = Dialogue([turn("user", "a"), calling, turn("tool", "2"), turn("assistant", "b")], place="x.jsonl:4")
+    lost = "x.jsonl:4: the chat template doesn't show tool calls: a turn that makes one is learnt without it."
+    showing = PLAIN.replace("m.content", "m.content + (m.tool_calls or '') | string")
+    for template, is_lost in ((PLAIN, True), (showing, False)):
+        tokenizer = make_tokenizer(["</s>"], eos_token="</s>", chat_template=template)
+        assert (lost in encoded(row, tokenizer)[2].notices) is is_lost
+
+
 # -- templates that cannot be used --------------------------------------------------------------------------------
 
 STRIPS = (

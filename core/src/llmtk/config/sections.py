@@ -177,10 +177,23 @@ class DataConfig(Section):
     start at its folder."""
     max_length: int = Field(2048, ge=2)
     """Tokens of a sequence, at most."""
+    max_prompt_length: int | None = Field(default=None, ge=1)
+    """Tokens of a prompt (what stands before the first target), at most. Its beginning is cut, or the row is left out,
+    as on_too_long says."""
     on_too_long: Literal["truncate", "drop"] = "truncate"
-    """What happens to a row over max_length: its end is cut, or it is left out. Both are counted and said."""
+    """What happens to a row over max_length: it is cut, or it is left out. Both are counted and said."""
+    truncation_side: Literal["left", "right"] = "right"
+    """Where a row is cut: at its end, or at its beginning, where the prompt gives way to the answers."""
+    loss_on: Literal["assistant", "last_turn", "completion", "everything"] | None = None
+    """What is learnt. `assistant`: all turns of the assistant, the default for dialogues; `last_turn`: the last;
+    `completion`: what follows the prompt, the default for rows of prompt and completion; `everything`: every token."""
     template: str | None = None
     """The chat template: a file, or `chatml`. By default the tokenizer's own."""
+    num_proc: int = Field(default=1, ge=1)
+    """Processes in which rows are put through the template and tokenised. More pay for very many dialogues."""
+    cache: bool | None = None
+    """Keep the tokens on disk, under a hash of what they follow from, for the next run with the same. By default for
+    10,000 rows and more."""
 
     @model_validator(mode="after")
     def _shares_are_shares(self) -> DataConfig:
@@ -190,6 +203,19 @@ class DataConfig(Section):
                 raise ValueError(f"{name} is a share of the training data between 0 and 1, or files; it is {share}")
         if sum(shares.values()) >= 1:
             raise ValueError(f"eval and test hold out {sum(shares.values()):g} of the training data, which leaves none")
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_belong_together(self) -> DataConfig:
+        if self.on_too_long == "drop" and self.truncation_side != "right":
+            raise ValueError("truncation_side is used by on_too_long: truncate alone")
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length, {self.max_prompt_length}, leaves no room for an answer within max_length, "
+                f"{self.max_length}"
+            )
+        if self.max_prompt_length is not None and self.loss_on == "everything":
+            raise ValueError("max_prompt_length: with loss_on: everything no part of a row is its prompt")
         return self
 
     @model_validator(mode="after")

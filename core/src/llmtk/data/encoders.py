@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmtk.config.sections import DataConfig
+
+
+Side = Literal["left", "right"]
+"""Of a text: its beginning, or its end."""
 
 
 @dataclass
@@ -44,16 +48,28 @@ class EncodingReport:
     """Tokens that stand for text which the tokenizer doesn't know."""
     moved: int = 0
     """Rows in which one token joins the prompt's end with the answer's beginning."""
+    cut_prompts: int = 0
+    """Rows whose prompt was cut at max_prompt_length."""
+    long_prompts: list[str] = field(default_factory=list)
+    """Places of rows left out for a prompt over max_prompt_length."""
+    first: dict[str, str] = field(default_factory=dict)
+    """What is true of some rows -> what is said of the first of them."""
     notices: list[str] = field(default_factory=list)
 
     @property
     def dropped(self) -> list[str]:
         """Places of all rows that were left out."""
-        return self.too_long + self.without_target
+        return self.too_long + self.without_target + self.long_prompts
 
-    def notice_once(self, text: str) -> None:
-        if text not in self.notices:
-            self.notices.append(text)
+    def say_first(self, what: str, text: str) -> None:
+        """Say something of the first row only of which `what` is true."""
+        self.first.setdefault(what, text)
+
+    def add(self, later: EncodingReport) -> None:
+        """Add the report of rows that come behind these."""
+        for name, value in vars(later).items():
+            mine = getattr(self, name)
+            setattr(self, name, mine | value | mine if isinstance(value, dict) else mine + value)
 
 
 @dataclass(frozen=True)
@@ -74,15 +90,22 @@ class Encoded:
         """The columns that hold one value."""
         return {}
 
-    def cut(self, length: int) -> tuple[Encoded | None, bool]:
+    def cut(self, length: int, side: Side) -> tuple[Encoded | None, bool]:
         """Return the row within a length, or None if nothing is left to learn, and whether it was over the length."""
         if self.targets is None:
             return (self if len(self.ids) else None), False
-        targets = self.targets[:length].copy()
+        over = len(self.ids) > length
+        kept = slice(-length, None) if over and side == "left" else slice(length)
+        targets = self.targets[kept].copy()
         targets[:1] = False
-        return (replace(self, ids=self.ids[:length], targets=targets) if targets.any() else None), len(
-            self.ids
-        ) > length
+        return (replace(self, ids=self.ids[kept], targets=targets) if targets.any() else None), over
+
+    def cut_prompt(self, length: int) -> tuple[Encoded, bool]:
+        """Return the row with the last tokens of what stands before its first target, and whether any were cut."""
+        assert self.targets is not None
+        prompt = int(self.targets.argmax()) if self.targets.any() else len(self.ids)
+        start = max(prompt - length, 0)
+        return replace(self, ids=self.ids[start:], targets=self.targets[start:]), start > 0
 
 
 @dataclass(frozen=True)
@@ -117,17 +140,26 @@ class EncodedAnswers:
             columns |= {f"{name}_ids": ids, f"{name}_targets": targets}
         return columns
 
-    def cut(self, length: int) -> tuple[EncodedAnswers | None, bool]:
+    def cut(self, length: int, side: Side) -> tuple[EncodedAnswers | None, bool]:
         """Return the row with each answer within a length, or None if one has no target left, and whether one was over.
 
-        The prompt counts, and is never cut.
+        The prompt counts. From the right it is never cut; from the left it gives way to the longest answer, but for its
+        last token.
         """
+        longest = max(len(ids) for ids, _ in self.answers.values())
+        if side == "left" and len(self.prompt) + longest > length:
+            shorter, _ = self.cut_prompt(max(length - longest, 1))
+            return shorter.cut(length, "right")[0], True
         room = max(length - len(self.prompt), 0)
         answers = {name: (ids[:room], targets[:room].copy()) for name, (ids, targets) in self.answers.items()}
         for _, targets in answers.values():
             targets[:1] &= len(self.prompt) > 0
         kept = replace(self, answers=answers) if all(targets.any() for _, targets in answers.values()) else None
-        return kept, any(len(ids) > room for ids, _ in self.answers.values())
+        return kept, longest > room
+
+    def cut_prompt(self, length: int) -> tuple[EncodedAnswers, bool]:
+        """Return the row with the last tokens of its prompt, and whether any were cut."""
+        return replace(self, prompt=self.prompt[-length:]), len(self.prompt) > length
 
 
 @dataclass(frozen=True)
@@ -143,10 +175,14 @@ class EncodedPrompt:
         """The column `prompt_ids`."""
         return {"prompt_ids": self.prompt}
 
-    def cut(self, length: int) -> tuple[EncodedPrompt | None, bool]:
-        """Return the row, or None if there is no room for an answer within a length. A prompt is never cut."""
+    def cut(self, length: int, side: Side) -> tuple[EncodedPrompt | None, bool]:
+        """Return the row, or None if there is no room for an answer within a length."""
         over = len(self.prompt) >= length
         return (None if over else self), over
+
+    def cut_prompt(self, length: int) -> tuple[EncodedPrompt, bool]:
+        """Return the last tokens of the prompt, and whether any were cut."""
+        return replace(self, prompt=self.prompt[-length:]), len(self.prompt) > length
 
 
 @dataclass
@@ -214,13 +250,13 @@ class Context:
 
     def moved_boundary(self, place: str, token: int) -> None:
         """Count a row in which ``token`` joins the end of what is given with the beginning of what is learnt."""
-        if not self.report.moved:
-            text = self.tokenizer.convert_ids_to_tokens(token)
-            self.report.notices.append(
-                f"{place}: the token {text!r} joins the prompt's end with the answer's beginning. It is a target, here "
-                "and wherever else this happens. An answer that begins apart from the prompt, or a prompt that ends "
-                "without white space, avoids it."
-            )
+        text = self.tokenizer.convert_ids_to_tokens(token)
+        self.report.say_first(
+            "moved",
+            f"{place}: the token {text!r} joins the prompt's end with the answer's beginning. It is a target, here "
+            "and wherever else this happens. An answer that begins apart from the prompt, or a prompt that ends "
+            "without white space, avoids it.",
+        )
         self.report.moved += 1
 
 
@@ -253,8 +289,14 @@ def _encode_texts(context: Context, rows: Sequence[Text]) -> Iterator[Encoded]:
 
 @encoder(Dialogue)
 def _encode_dialogues(context: Context, rows: Sequence[Dialogue]) -> Iterator[Encoded]:
-    """All turns of the assistant are targets."""
-    return _encode_turns(context, [(row.messages, row.tools, 0, row.place) for row in rows])
+    """All turns of the assistant are targets, unless data.loss_on says otherwise."""
+    if context.config.loss_on == "completion":
+        raise ConfigurationError(
+            f"data.loss_on: completion is for rows of prompt and completion, and {rows[0].place} is a dialogue. Take "
+            "assistant or last_turn"
+        )
+    turns = [(row.messages, row.tools, _first_target(context, row.messages, 0), row.place) for row in rows]
+    return _encode_turns(context, turns)
 
 
 @encoder(PromptCompletion)
@@ -262,7 +304,8 @@ def _encode_completions(context: Context, rows: Sequence[PromptCompletion]) -> I
     """Plain ones as they stand, without a template; of conversational ones the completion's turns are targets."""
     for plain, group in groupby(rows, key=lambda row: isinstance(row.prompt, str)):
         alike = list(group)
-        yield from _encode_plain(context, alike) if plain else _encode_turns(context, [_turns(row) for row in alike])
+        turns = [] if plain else [_turns(context, row) for row in alike]
+        yield from _encode_plain(context, alike) if plain else _encode_turns(context, turns)
 
 
 @encoder(Pair)
@@ -308,24 +351,38 @@ def _encode_answers(context: Context, rows: Sequence[Pair | Labelled], answers: 
     return _encode_completions(context, joined)
 
 
-def _turns(row: PromptCompletion) -> Turns:
+def _turns(context: Context, row: PromptCompletion) -> Turns:
     assert isinstance(row.prompt, list)
     assert isinstance(row.completion, list)
-    return row.prompt + row.completion, row.tools, len(row.prompt), row.place
+    messages = row.prompt + row.completion
+    return messages, row.tools, _first_target(context, messages, len(row.prompt)), row.place
+
+
+def _first_target(context: Context, messages: list[Message], completion: int) -> int:
+    """Return the index of the first message that may be learnt; `completion` is where the completion begins."""
+    if context.config.loss_on in ("last_turn", "everything"):
+        return max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    return 0 if context.config.loss_on == "assistant" else completion
 
 
 def _encode_plain(context: Context, rows: Sequence[PromptCompletion]) -> Iterator[Encoded]:
+    loss_on, everything = context.config.loss_on, context.config.loss_on == "everything"
+    if loss_on in ("assistant", "last_turn"):
+        raise ConfigurationError(
+            f"data.loss_on: {loss_on} is for turns of a dialogue, and {rows[0].place} is plain text. Take completion "
+            "or everything"
+        )
     prompts = [str(row.prompt) for row in rows]
     wholes = [f"{row.prompt}{row.completion}" for row in rows]
     tokens = context.tokens(prompts + wholes)
     bos = np.asarray(context.bos, dtype=np.int64)
     for row, (prompt, _), (whole, _) in zip(rows, tokens[: len(rows)], tokens[len(rows) :], strict=True):
         boundary = _common(prompt, whole)
-        if boundary < min(len(prompt), len(whole)):
+        if not everything and boundary < min(len(prompt), len(whole)):
             context.moved_boundary(row.place, int(whole[boundary]))
         end = [] if len(whole) and whole[-1] == context.eos else [context.eos]
         ids = np.concatenate([bos, whole, np.asarray(end, dtype=np.int64)])
-        yield Encoded(ids, np.arange(len(ids)) >= len(bos) + boundary, row.place)
+        yield Encoded(ids, np.arange(len(ids)) >= (0 if everything else len(bos) + boundary), row.place)
 
 
 def _common(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
@@ -340,14 +397,16 @@ def _encode_turns(context: Context, dialogues: Sequence[Turns]) -> Iterator[Enco
     tokens = context.tokens([item.text for item in rendered], offsets=True)
     for item, (ids, offsets), (*_, place) in zip(rendered, tokens, dialogues, strict=True):
         marked = mark(item, ids, offsets, context.stops)
-        targets = marked.targets
-        if marked.straddling is not None:
+        everything = context.config.loss_on == "everything"
+        targets = np.ones_like(marked.targets) if everything else marked.targets
+        if marked.straddling is not None and not everything:
             context.moved_boundary(place, int(ids[marked.straddling]))
         if not marked.stopped:
             ids, targets = np.append(ids, context.eos), np.append(targets, True)
-            context.report.notice_once(
+            context.report.say_first(
+                "not stopped",
                 "The chat template puts no special token behind the assistant's last turn: the end token "
-                f"{context.tokenizer.eos_token} is put there, and is a target."
+                f"{context.tokenizer.eos_token} is put there, and is a target.",
             )
         yield Encoded(ids, targets, place)
 
@@ -361,7 +420,25 @@ def _render(
     try:
         rendered = render_spans(text, messages, first=first, closing=context.tokenizer.eos_token)
         if tools and text(messages, False, None) == text(messages, False):
-            context.report.notice_once(f"{place}: the chat template doesn't show tools: the model will not see them.")
+            context.report.say_first(
+                "tools", f"{place}: the chat template doesn't show tools: the model will not see them."
+            )
+        if _hides_calls(text, messages):
+            context.report.say_first(
+                "tool calls",
+                f"{place}: the chat template doesn't show tool calls: a turn that makes one is learnt without it.",
+            )
     except RowError as error:
         raise DatasetError(f"{place}: {error}.") from error
     return rendered
+
+
+def _hides_calls(text: Callable[[list[Message], bool], str], messages: list[Message]) -> bool:
+    """Whether messages with tool calls look as they would without."""
+    if not any(message.get("tool_calls") for message in messages):
+        return False
+    without = [{name: value for name, value in message.items() if name != "tool_calls"} for message in messages]
+    try:
+        return text(without, False) == text(messages, False)
+    except RowError:  # the template cannot do without
+        return False

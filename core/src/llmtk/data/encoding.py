@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmtk.config.unused import is_given
 from llmtk.data.encoders import ENCODERS, AnyEncoded, Context, EncodedPrompt, EncodingReport
-from llmtk.errors import DatasetError
+from llmtk.data.processes import in_processes
+from llmtk.data.rows import Labelled, Pair, Prompt, Text
+from llmtk.errors import ConfigurationError, DatasetError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,6 +27,19 @@ if TYPE_CHECKING:
 
 BATCH = 512
 """Rows that go to the tokenizer at a time."""
+
+_UNAFFECTED = {
+    "loss_on": (
+        {row_type.type for row_type in (Text, Pair, Labelled, Prompt)},
+        "documents are learnt whole, and preferences are about answers, which are what is learnt or judged",
+    ),
+    "truncation_side": (
+        {Text.type, Prompt.type},
+        "documents are never cut, and prompts are by max_prompt_length alone",
+    ),
+    "max_prompt_length": ({Text.type}, "a document has no prompt"),
+}
+"""Option -> the row types on which it has no effect, and why."""
 
 
 def encode(
@@ -46,21 +63,43 @@ def encode(
     Raises :class:`DatasetError` where a row cannot be rendered, holds a token beyond the vocabulary, or no row is left,
     and :class:`ConfigurationError` for want of a chat template or an end token.
     """
+    _refuse_unused(config, {row.type for row in rows})
     report = EncodingReport()
-    context = Context(tokenizer, config, report)
+    work = partial(_encode_part, Context(tokenizer, config, report), vocab_size)
     tables = []
-    pending = iter(rows)
-    while batch := list(islice(pending, BATCH)):
-        encoded = list(_encode_batch(context, batch))
-        _check_vocabulary(encoded, tokenizer, vocab_size)
-        kept = [fitted for item in encoded if (fitted := _fit(item, config, report))]
-        _count(kept, tokenizer, report)
-        if kept:
-            tables.append(_table(kept))
+    for table, part in in_processes(work, _batches(rows), config.num_proc):
+        report.add(part)
+        if table is not None:
+            tables.append(table)
     _say(report, config)
     if not tables:
         raise DatasetError("\n".join([f"None of the {len(rows)} rows is left to train on.", *report.notices]))
     return _dataset(tables), report
+
+
+def _refuse_unused(config: DataConfig, row_types: set[str]) -> None:
+    """Refuse options that no row here has a use for."""
+    for option, (unaffected, why) in _UNAFFECTED.items():
+        if row_types and row_types <= unaffected and is_given(config, option):
+            raise ConfigurationError(f"data.{option}: {why}. Leave it out")
+
+
+def _batches(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    pending = iter(rows)
+    while batch := list(islice(pending, BATCH)):
+        yield batch
+
+
+def _encode_part(
+    context: Context, vocab_size: int | None, rows: list[Row]
+) -> tuple[pyarrow.Table | None, EncodingReport]:
+    """Return a batch of rows as a table (None: no row is left), and a report of this batch alone."""
+    report = context.report = EncodingReport()
+    encoded = list(_encode_batch(context, rows))
+    _check_vocabulary(encoded, context.tokenizer, vocab_size)
+    kept = [fitted for item in encoded if (fitted := _fit(item, context.config, report))]
+    _count(kept, context.tokenizer, report)
+    return (_table(kept) if kept else None), report
 
 
 def _encode_batch(context: Context, rows: list[Row]) -> Iterator[AnyEncoded]:
@@ -69,8 +108,14 @@ def _encode_batch(context: Context, rows: list[Row]) -> Iterator[AnyEncoded]:
 
 
 def _fit(item: AnyEncoded, config: DataConfig, report: EncodingReport) -> AnyEncoded | None:
-    """Return the row within max_length, or None if nothing is left to learn."""
-    kept, over = item.cut(config.max_length)
+    """Return the row within max_prompt_length and max_length, or None if nothing is left to learn."""
+    if config.max_prompt_length is not None:
+        item, long = item.cut_prompt(config.max_prompt_length)
+        if long and config.on_too_long == "drop":
+            report.long_prompts.append(item.place)
+            return None
+        report.cut_prompts += long
+    kept, over = item.cut(config.max_length, config.truncation_side)
     if over and (config.on_too_long == "drop" or isinstance(item, EncodedPrompt)):
         report.too_long.append(item.place)
         return None
@@ -112,9 +157,15 @@ def _ids(item: AnyEncoded) -> list[NDArray[Any]]:
 
 def _say(report: EncodingReport, config: DataConfig) -> None:
     """Put the counts into words, behind what the encoders had to say."""
+    report.notices += report.first.values()
     say = report.notices.append
     if report.moved > 1:
         say(f"Rows in which a token joins the prompt's end with the answer's beginning: {report.moved}.")
+    if report.cut_prompts:
+        say(f"Prompts cut to max_prompt_length, their last {config.max_prompt_length} tokens: {report.cut_prompts}.")
+    if report.long_prompts:
+        long = _places(report.long_prompts)
+        say(f"Rows left out, prompt over max_prompt_length, {config.max_prompt_length} tokens: {long}.")
     if report.truncated:
         say(f"Rows cut at max_length, {config.max_length} tokens: {report.truncated}.")
     if report.too_long:

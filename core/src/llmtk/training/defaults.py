@@ -174,11 +174,11 @@ def _by_source(splits: Splits) -> Iterator[list[Row]]:
 
 def encode_rows(view: RunView, rows: Sequence[Row]) -> Dataset:
     """Turn rows into tokens and targets, and say what became of them."""
-    from llmtk.data import encode
+    from llmtk.data.cache import encode_once
 
     run = cast("Run", view)
     encoded: Dataset
-    encoded, report = encode(rows, run.tokenizer, run.config.data)
+    encoded, report = encode_once(rows, run.tokenizer, run.config.data, run.notify)
     for notice in report.notices:
         run.notify(notice)
     return encoded

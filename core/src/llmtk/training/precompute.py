@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import numpy as np
 import torch
 
+from llmtk.cache import cache_folder, write_once
 from llmtk.contract import REFERENCE
 from llmtk.errors import ConfigurationError, LlmtkError
 from llmtk.host import manager
@@ -27,6 +25,8 @@ from llmtk.training.evaluation import eval_mode
 from llmtk.training.snapshot import environment
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from llmtk.batch import Batch
     from llmtk.contract import Dataset
     from llmtk.run import Run
@@ -83,7 +83,7 @@ class _Recorder(Precomputed):
 def precompute(run: Run) -> Precomputed:
     """Ask the reference about all rows of the run, or read what it said before. All ranks must call it together."""
     main = run.backend.is_main
-    file = cache_folder() / f"{run.backend.broadcast(_key(run) if main else None)}.safetensors"
+    file = cache_folder("reference") / f"{run.backend.broadcast(_key(run) if main else None)}.safetensors"
     kept = run.backend.broadcast(_read(file, run.notify) if main else None)
     if kept is None:
         run.notify(f"The reference's log-probs are computed once, and kept in {file}")
@@ -115,13 +115,6 @@ def digests_of(batch: Batch) -> Iterator[bytes]:
         for values in (tokens[part], targets[part], lengths[begin:end], inside):
             digest.update(np.ascontiguousarray(values).tobytes())
         yield digest.digest()
-
-
-def cache_folder() -> Path:
-    """Return where log-probs are kept: `$LLMTK_CACHE`, or llmtk's folder in the user's cache."""
-    own = os.environ.get("LLMTK_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return (Path(own) if own else Path(base) / "llmtk").expanduser() / "reference"
 
 
 def _compute(run: Run) -> Known:
@@ -214,13 +207,8 @@ def _read(file: Path, say: Any) -> dict[str, np.ndarray[Any, Any]] | None:
 
 
 def _write(file: Path, kept: dict[str, np.ndarray[Any, Any]]) -> None:
-    """Write aside, then rename: a file under its name is whole, and the first of its name stays."""
     from safetensors.numpy import save_file
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{uuid4().hex}")
-    save_file(kept, aside)
-    if _read(file, lambda message: None) is None:
-        aside.replace(file)
-    else:
-        aside.unlink()
+    write_once(
+        file, lambda aside: save_file(kept, aside), is_good=lambda: _read(file, lambda message: None) is not None
+    )
