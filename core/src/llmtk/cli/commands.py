@@ -17,6 +17,7 @@ BUILT_IN = {
     "check": "Check that a stage keeps the contract.",
     "chat": "Talk with a run's model, or any.",
     "convert-weights": "Turn pickled weights into safetensors.",
+    "data": "Show, check or count a run's data, without a model.",
     "doctor": "Check the installation, and how a model is scored.",
     "evaluate": "Evaluate a finished run's model.",
     "export": "Write a finished run's model for others: merged, cast, sharded.",

@@ -23,7 +23,9 @@ Examples:
 """
 
 
-class _Asked(NamedTuple):
+class Asked(NamedTuple):
+    """What a command line names."""
+
     stage: str | None
     config: str | None
     overrides: list[str]
@@ -50,8 +52,8 @@ def made(words: Sequence[str], resume: str | None) -> Run:
     """Return the run that the words of `llmtk run` ask for. Errors are those of bad input."""
     if resume is not None and _belongs_to_words(resume):
         words, resume = (*words, resume), "auto"
-    asked = _sort(words)
-    layers = _layers(asked)
+    asked = sort_words(words)
+    layers = layers_of(asked)
     from llmtk.run import Run
 
     return Run.from_layers(asked.stage, *layers, resume=resume)
@@ -62,7 +64,8 @@ def _belongs_to_words(resume: str) -> bool:
     return resume.endswith(_SUFFIXES) or ("=" in resume and not os.path.isdir(resume))
 
 
-def _sort(words: Sequence[str]) -> _Asked:
+def sort_words(words: Sequence[str]) -> Asked:
+    """Tell apart the stage, the configuration file and the settings of a command line."""
     files = [word for word in words if "=" not in word and _is_file_name(word)]
     stages = [word for word in words if "=" not in word and word not in files]
     for kind, found in (("stage", stages), ("configuration file", files)):
@@ -71,14 +74,14 @@ def _sort(words: Sequence[str]) -> _Asked:
     if not stages and not files:
         raise click.UsageError("Name a stage: llmtk run STAGE. `llmtk list-stages` lists those installed.")
     overrides = [word for word in words if "=" in word]
-    return _Asked(stages[0] if stages else None, files[0] if files else None, overrides)
+    return Asked(stages[0] if stages else None, files[0] if files else None, overrides)
 
 
 def _is_file_name(word: str) -> bool:
     return word.endswith(_SUFFIXES) or os.sep in word or os.path.isfile(word)
 
 
-def _layers(asked: _Asked) -> list[dict[str, Any]]:
+def layers_of(asked: Asked) -> list[dict[str, Any]]:
     """Read the settings before anything heavy is imported, so that a mistake in them is told at once."""
     from llmtk.config.reading import parse_overrides, read_file
 
