@@ -251,7 +251,7 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def _data_hashes(run: Run) -> dict[str, Any]:
-    """Return the number and SHA-256 of the rows of each split, as read."""
+    """Return the number and SHA-256 of the rows of each split, as read; of a stream, the sizes of its files."""
     splits = {"train": run.splits.train, "eval": run.splits.eval or []}
     if run.splits.test is not None:
         splits["test"] = run.splits.test
@@ -261,6 +261,10 @@ def _data_hashes(run: Run) -> dict[str, Any]:
         for row in rows:
             digest.update(repr(row).encode("utf-8", "surrogatepass"))
         hashes[name] = {"rows": len(rows), "sha256": digest.hexdigest()}
+    if run.config.data.streaming:
+        from llmtk.data.stream import sizes
+
+        hashes["train"] = {"bytes": sizes(run.config.data)}
     return hashes
 
 

@@ -46,6 +46,7 @@ from llmtk.training.randomness import Randomness
 from llmtk.training.router import RouterLoss
 from llmtk.training.signals import first_signal
 from llmtk.training.state import TrainState
+from llmtk.training.stream import StreamedRows, check_streaming
 from llmtk.training.tally import Tally
 
 if TYPE_CHECKING:
@@ -477,6 +478,8 @@ class Run:
         check_options(model, self.config.peft, merges=merges, dropout=self._keeps_dropout)
         optimizers.check_scheduler(self.config.train)
         check_engine(self.config.generation)
+        if self.config.data.streaming:
+            check_streaming(self)
         if self.config.samples.count and self.stage.head == "value":
             raise ConfigurationError(f"samples.count: a model of stage {self.stage_name} writes no text; set it to 0")
         self._start()
@@ -560,13 +563,16 @@ class Run:
         forced = "train.scoring" if self.config.train.scoring == "padded" else ""
         return scoring.choose(model, self.gather, forced)
 
-    def _row_order(self, data: Data) -> RowOrder:
+    def _row_order(self, data: Data) -> RowOrder | StreamedRows:
         """Return the order of the training rows. ConfigurationError where a plugin would order what it cannot."""
-        if data.mixture and self.manager.hook.order_examples.get_hookimpls():
+        cannot = "a stream" if self.config.data.streaming else "sources with weights" if data.mixture else None
+        if cannot and self.manager.hook.order_examples.get_hookimpls():
             raise ConfigurationError(
-                "data.train: a plugin orders the rows of this run (order_examples), and sources with weights cannot be "
-                "ordered. Leave one of them out"
+                f"data.train: a plugin orders the rows of this run (order_examples), and {cannot} cannot be ordered. "
+                "Leave one of them out"
             )
+        if isinstance(data.train, StreamedRows):
+            return data.train
         return RowOrder(len(data.train), self.data_seed, self.hooks.order_examples, mixture=data.mixture)
 
     def _make_plan(self) -> Plan:

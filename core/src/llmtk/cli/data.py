@@ -12,6 +12,7 @@ import click
 
 from llmtk.cli.run import layers_of, sort_words
 from llmtk.cli.tables import as_json
+from llmtk.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -77,12 +78,13 @@ def check(ctx: click.Context, words: tuple[str, ...]) -> None:
         click.echo(f"{len(reading.bad)} problem{'s' * (len(reading.bad) != 1)} in {reading.total:,} rows.")
         ctx.exit(1)
     model = run.config.model
-    if model.name_or_path or model.from_config:
+    if (model.name_or_path or model.from_config) and not run.config.data.streaming:
         data = run.load_data()
         left = sum(len(rows) for name in SPLITS if (rows := getattr(data, name)) is not None)
         click.echo(f"No problem in {reading.total:,} rows; {left:,} are left as the stage encodes them.")
     else:
-        click.echo(f"No problem in {reading.total:,} rows. They were not tokenised: no model is named.")
+        why = "they are streamed" if run.config.data.streaming else "no model is named"
+        click.echo(f"No problem in {reading.total:,} rows. They were not tokenised: {why}.")
 
 
 @command.command("stats")
@@ -109,6 +111,10 @@ def _run(words: Sequence[str]) -> Run:
 def _encoded(words: Sequence[str], *, quiet: bool) -> tuple[Run, Data]:
     """Return the run and its data; what there is to say goes to stderr where stdout is for a script."""
     run = _run(words)
+    if run.config.data.streaming:
+        raise ConfigurationError(
+            "data.streaming: all rows are read first here. Set data.streaming=false, and name as many rows as fit"
+        )
     with contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext():
         return run, run.load_data()
 

@@ -189,6 +189,9 @@ class DataConfig(Section):
     `completion`: what follows the prompt, the default for rows of prompt and completion; `everything`: every token."""
     template: str | None = None
     """The chat template: a file, or `chatml`. By default the tokenizer's own."""
+    streaming: bool = False
+    """Read the training data as they go, for what memory cannot hold: .jsonl files and data sets on the hub. Rows are
+    shuffled within blocks of 1,024; bad ones are told when they come. Needs train.max_steps."""
     num_proc: int = Field(default=1, ge=1)
     """Processes in which rows are put through the template and tokenised. More pay for very many dialogues."""
     cache: bool | None = None
@@ -203,6 +206,16 @@ class DataConfig(Section):
                 raise ValueError(f"{name} is a share of the training data between 0 and 1, or files; it is {share}")
         if sum(shares.values()) >= 1:
             raise ValueError(f"eval and test hold out {sum(shares.values()):g} of the training data, which leaves none")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_have_no_end(self) -> DataConfig:
+        if self.streaming and shares_of(self):
+            raise ValueError("streaming: a share of a stream cannot be held out; give files as eval and test")
+        if self.streaming and any(source.weight != 1 for source in sources_of(self.train)):
+            raise ValueError("streaming: sources are read one after the other, as they are; leave weight out")
+        if self.streaming and self.cache:
+            raise ValueError("streaming: nothing of a stream is kept; leave cache out")
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from llmtk.errors import ConfigurationError, DatasetError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from llmtk.config.sections import SourceConfig
     from llmtk.data.sources import Record
 
@@ -50,6 +52,23 @@ def read_hub(source: SourceConfig) -> list[Record]:
     except Exception as error:  # of the network, of the hub's client, of whatever reads the files
         raise _unreachable(source, error) from error
     return _rows(source, _split(source, loaded) if source.split is None else loaded)
+
+
+def stream_hub(source: SourceConfig) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number, row) of one split of a data set on the hub, as they arrive.
+
+    Raises :class:`DatasetError` as :func:`read_hub` does, and for one of several splits of which none is named.
+    """
+    from datasets import load_dataset
+
+    try:
+        loaded = load_dataset(source.path, source.name, split=source.split, revision=source.revision, streaming=True)
+        rows = _split(source, loaded) if source.split is None else loaded
+        yield from enumerate(rows, start=1)
+    except DatasetError:
+        raise
+    except Exception as error:  # as above, and at any row
+        raise _unreachable(source, error) from error
 
 
 def refuse(source: SourceConfig, keys: tuple[str, ...], why: str) -> None:

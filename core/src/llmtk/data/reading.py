@@ -117,6 +117,8 @@ def reading_of(config: DataConfig, row_types: Sequence[str]) -> Reading:
 def read_splits(config: DataConfig, row_types: Sequence[str], *, seed: int) -> Splits:
     """Return the checked rows of ``config.train``, ``config.eval`` and ``config.test``, each of one of ``row_types``.
 
+    Of training data that are streamed there are none: they come later.
+
     A row whose type is in ``row_types`` stays as it is; another becomes the first of them that it converts to. A share
     is held out by row, and is a pure function of the seed and the number of rows.
 
@@ -141,7 +143,7 @@ def read_sources(config: DataConfig, reading: Reading) -> tuple[list[tuple[list[
     """Return the rows and the weight of each training source, and the rows of each other split that has sources."""
     if config.train is None:
         raise ConfigurationError(NO_DATA)
-    parts = reading.parts(config.train)
+    parts = [] if config.streaming else reading.parts(config.train)
     others = {name: given for name in HELD_OUT if (given := getattr(config, name)) is not None}
     return parts, {name: reading.rows(given) for name, given in others.items() if not isinstance(given, float)}
 

@@ -18,8 +18,10 @@ def say_plan(run: Run, checkpoint: Path | None) -> None:
     share = f"{plan.trainable_parameters / plan.total_parameters:.1%} of them trained"
     say(f"stage      {plan.stage}: {run.stage.summary}")
     say(f"model      {model_name(run)}, {plan.total_parameters:,} parameters, {share}")
-    say(f"data       {plan.train_rows:,} rows to train on, {plan.eval_rows:,} to evaluate")
-    say(f"steps      {plan.max_steps:,}, each of {plan.global_batch} rows; {plan.steps_per_epoch:,} make an epoch")
+    rows = f"{plan.train_rows:,} rows" if plan.train_rows else "a stream of rows"
+    say(f"data       {rows} to train on, {plan.eval_rows:,} to evaluate")
+    epoch = f"; {plan.steps_per_epoch:,} make an epoch" if plan.steps_per_epoch else ""
+    say(f"steps      {plan.max_steps:,}, each of {plan.global_batch} rows{epoch}")
     say(f"compute    {plan.precision} on {plan.device}")
     scorer = run.scorers[None]
     say("scoring    packed, proven on this model" if scorer.packed else f"scoring    padded: {scorer.why_padded}")

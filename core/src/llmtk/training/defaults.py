@@ -144,6 +144,10 @@ def build_data(view: RunView) -> Data:
 def _training_rows(run: Run) -> tuple[Dataset, list[tuple[int, float]]]:
     """Return the training rows and, where sources have weights, how many are of each: a stage may leave some out."""
     splits = run.splits
+    if run.config.data.streaming:
+        from llmtk.training.stream import stream
+
+        return stream(run), []
     if not splits.mixture:
         return run.stage.encode_rows(run, splits.train), []
     parts = [run.stage.encode_rows(run, rows) for rows in _by_source(splits)]

@@ -32,6 +32,9 @@ class Cursor:
 
     epoch: int = 0
     consumed: int = 0
+    block: int = 0
+    """Of a stream: the block, and how many of its rows are consumed."""
+    row: int = 0
 
 
 class RowOrder:
