@@ -250,6 +250,11 @@ def _substitute(text: str, key: str, place: str) -> Any:
     return _scalar(filled) if whole and whole["name"] else filled
 
 
+def read_value(text: str) -> Any:
+    """Return the number, truth or text that a plain value of a file would be."""
+    return _scalar(text)
+
+
 def _scalar(text: str) -> Any:
     loader = _Loader("")
     tag: str = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]

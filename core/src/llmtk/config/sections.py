@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from llmtk.errors import suggest
 
@@ -318,6 +318,18 @@ class GenerationConfig(Section):
 Strategy = Literal["no", "steps", "epoch"]
 
 
+def _pairs(value: Any) -> Any:
+    """Take apart arguments that are written as in TrainingArguments: `momentum=0.9,nesterov=true`."""
+    if not isinstance(value, str):
+        return value
+    from llmtk.config.reading import read_value
+
+    pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
+    if not all(key.strip() and equals for key, equals, _ in pairs):
+        raise ValueError(f"arguments are written name=value,name=value, or as keys and values; got {value!r}")
+    return {key.strip(): read_value(text.strip()) for key, _, text in pairs}
+
+
 class TrainConfig(Section):
     """The training loop. Keys mean what they mean in transformers' TrainingArguments."""
 
@@ -345,7 +357,10 @@ class TrainConfig(Section):
     lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the scheduler, for example {min_lr: 1e-5}."""
     optim: str = "adamw_torch_fused"
-    """The optimizer."""
+    """The optimizer: adamw_torch_fused, adamw_torch, adafactor, sgd, paged_adamw_8bit, ... and torch's others, muon
+    among them."""
+    optim_args: Annotated[dict[str, Any], BeforeValidator(_pairs)] = Field(default_factory=dict)
+    """Arguments of the optimizer beside those below, for example {momentum: 0.9}; or text, `momentum=0.9,...`."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay on all weights but biases and norms."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)

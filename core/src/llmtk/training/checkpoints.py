@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 REPLACED = ".writing-replaced-"
+GROUP = "param_groups/"
+"""Before the number of an optimizer's group, in the names of tensors that belong to one."""
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -143,7 +145,10 @@ def load_weights(file: Path, root: nn.Module, *, frozen_too: bool = False) -> No
 
 
 def save_optimizer(file: Path, root: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Write the optimizer's tensors by parameter name; return the rest (groups and plain numbers) as JSON."""
+    """Write the optimizer's tensors by parameter name; return the rest (groups and plain numbers) as JSON.
+
+    CheckpointError for state that is neither: nothing is ever pickled.
+    """
     names = _parameter_names(root)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
@@ -153,12 +158,20 @@ def save_optimizer(file: Path, root: nn.Module, optimizer: torch.optim.Optimizer
                 tensors[f"{names[parameter]}::{key}"] = value.detach().contiguous()
             else:
                 numbers.setdefault(names[parameter], {})[key] = value
-    save_file(tensors, file)
-    groups = [
-        {**{k: v for k, v in group.items() if k != "params"}, "params": [names[p] for p in group["params"]]}
-        for group in optimizer.param_groups
-    ]
-    return {"groups": groups, "numbers": numbers}
+    groups = []
+    for index, group in enumerate(optimizer.param_groups):
+        tensors |= {f"{GROUP}{index}::{key}": value for key, value in group.items() if isinstance(value, Tensor)}
+        plain = {key: value for key, value in group.items() if key != "params" and not isinstance(value, Tensor)}
+        groups.append({**plain, "params": [names[p] for p in group["params"]]})
+    rest = {"groups": groups, "numbers": numbers}
+    try:
+        json.dumps(rest)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{type(optimizer).__name__} keeps what no checkpoint can hold, neither tensor nor number: {error}"
+        ) from error
+    save_file(_apart(tensors), file)
+    return rest
 
 
 def load_optimizer(file: Path, root: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
@@ -182,6 +195,9 @@ def load_optimizer(file: Path, root: nn.Module, optimizer: torch.optim.Optimizer
     }
     for full_name, tensor in load_file(file).items():
         name, _, key = full_name.rpartition("::")
+        if name.startswith(GROUP):
+            optimizer.param_groups[int(name.removeprefix(GROUP))][key] = tensor
+            continue
         parameter = by_name[name]
         # As torch does: the step counter lives on the CPU unless a fused kernel reads it.
         stays = key == "step" and not on_device[id(parameter)]
@@ -230,6 +246,17 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds no JSON object")
     return value
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory, as the tables of 8-bit states do: a safetensors file has each by itself."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return apart
 
 
 def _remove(path: Path) -> None:
