@@ -31,6 +31,8 @@ MAY_CHANGE = (
     "train.per_device_eval_batch_size",
     "train.micro_batch_tokens",
     "train.logging_steps",
+    "train.log_level",
+    "train.do_eval",
     "train.eval_",
     "train.save_",
     "train.load_best_model_at_end",
@@ -79,8 +81,16 @@ class RunFolder:
             raise ConfigurationError(
                 f"the run in {self.path} is not finished: there is no {RESULTS}. Go on with --resume"
             )
-        stage = read_file(self.path / CONFIG)["stage"]
+        stored = read_file(self.path / CONFIG)
+        stage = stored["stage"]
+        if not (stored.get("train") or {}).get("do_train", True):
+            raise ConfigurationError(f"the run in {self.path} evaluated and trained nothing: there is no model in it")
         return {**self._stored(stage), "stage": stage, "output_dir": None}
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether the run is to go on from a checkpoint."""
+        return self._resume is not None
 
     @property
     def checkpoints(self) -> Path:
@@ -122,13 +132,14 @@ class RunFolder:
         return None if found is None else Path(found)
 
     def finish(self, run: Run, result: Result) -> None:
-        """Export the model, and write its card, the plot and the results."""
+        """Export the model, and write its card, the plot and the results; after a mere evaluation, the results."""
         from llmtk.reporting.card import card
         from llmtk.reporting.plot import plot_losses
 
-        run.hooks.export_model(self.path)
-        _replace(self.path / "README.md", card(run, result))
-        plot_losses(run.records.read("metrics"), self.path.name, self.path / "loss.png")
+        if run.config.train.do_train:
+            run.hooks.export_model(self.path)
+            _replace(self.path / "README.md", card(run, result))
+            plot_losses(run.records.read("metrics"), self.path.name, self.path / "loss.png")
         _write_json(self.path / RESULTS, {**result.__dict__, "stopped_by": run.state.stopped_by})
 
     def release(self) -> None:

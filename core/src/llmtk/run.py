@@ -30,6 +30,7 @@ from llmtk.host import discovery, manager
 from llmtk.host.hooks import Hooks
 from llmtk.reporting import summary
 from llmtk.reporting.console import Console
+from llmtk.reporting.logs import RunLog
 from llmtk.reporting.records import Records
 from llmtk.reporting.speed import Speed
 from llmtk.scoring import Scorer, Scores
@@ -37,7 +38,7 @@ from llmtk.scoring.kept import keep_less
 from llmtk.training import checkpoints, loop, optimizers, snapshot
 from llmtk.training.backend import Backend
 from llmtk.training.evaluation import eval_mode, evaluate
-from llmtk.training.events import Plan
+from llmtk.training.events import Evaluation, Plan
 from llmtk.training.loop import Interrupted
 from llmtk.training.micro_batches import cut_window
 from llmtk.training.order import RowOrder, row_lengths, share
@@ -105,6 +106,10 @@ class Run:
         layers = [layer] if self.demo is None else [_demo_layer(self.demo), layer]
         self.config: RunConfig = resolve(self.stage_name, stage_class, *layers)
         optimizers.check_optimizer(self.config.train)
+        if self.folder.is_resumed and not self.config.train.do_train:
+            raise ConfigurationError(
+                "train.do_train: false evaluates the model that is named; a run's own is evaluated by: llmtk evaluate RUN"
+            )
 
         self.stage = stage if isinstance(stage, Stage) else stage_class(self.config.options)
         self.stage.options = self.config.options
@@ -150,11 +155,13 @@ class Run:
     def train(self) -> Result:
         """Train, and export the model. Raises an LlmtkError with what to do for whatever the user can mend."""
         error: BaseException | None = None
+        self.log = RunLog(self.config.train.log_level)
         try:
             self._set_up()
             return self._train()
         except BaseException as caught:
             error = caught
+            self.log.failed(caught)
             self._say_what_stands(caught)
             raise
         finally:
@@ -165,6 +172,7 @@ class Run:
                     self.hooks.run_finished(error)
                 finally:
                     self.folder.release()
+            self.log.close()
 
     def evaluate(self, data: str | list[str] | list[dict[str, Any]] | None = None) -> dict[str, float]:
         """Return loss and the stage's metrics on other data, or on the run's evaluation rows."""
@@ -600,9 +608,10 @@ class Run:
     def _check_evaluation(self) -> None:
         """Refuse options that need evaluations where there are none."""
         config = self.config.train
-        if self.splits.eval is not None and config.eval_strategy != "no":
+        if self.splits.eval is not None and config.evaluates:
             return
         needing = [
+            ("train.do_train: false", not config.do_train),
             ("train.eval_strategy", config.eval_strategy == "steps"),
             ("train.load_best_model_at_end", config.load_best_model_at_end),
             (f"train.lr_scheduler_type: {config.lr_scheduler_type}", optimizers.waits_for_evaluation(config)),
@@ -610,7 +619,8 @@ class Run:
         ]
         if asked := [name for name, asks in needing if asks]:
             if self.splits.eval is not None:
-                raise ConfigurationError(f"{asked[0]} needs evaluations, and eval_strategy: no makes none; change one")
+                none = "eval_strategy: no" if config.do_eval else "do_eval: false"
+                raise ConfigurationError(f"{asked[0]} needs evaluations, and {none} makes none; change one")
             raise ConfigurationError(f"{asked[0]} needs evaluation data: give data.eval, a share (0.1) or a file")
 
     # Training
@@ -628,8 +638,12 @@ class Run:
     def _train(self) -> Result:
         config = self.config.train
         self.folder.begin(self)
+        if self.backend.is_main:
+            self.log.open(self.folder.path)
         checkpoint = self.folder.checkpoint_to_resume(self.backend, self.notify)
         summary.say_plan(self, checkpoint)
+        if not config.do_train:
+            return self._evaluate_alone()
         before = self._measure() if self.demo and checkpoint is None else None
         if self.config.train.report_to:
             self.backend.accelerator.init_trackers(config.run_name or self.output_dir.name)
@@ -647,6 +661,19 @@ class Run:
                 loop.save_checkpoint(self)
         self.console.end(self.state.step)
         return self._finish(before)
+
+    def _evaluate_alone(self) -> Result:
+        """Evaluate the model as it is, and write what came of it."""
+        self.hooks.run_started(self.plan)
+        metrics = {f"eval_{name}": value for name, value in self.evaluate().items()}
+        evaluation = Evaluation(self.state.step, metrics)
+        self.record(metrics)
+        self.console.evaluation(evaluation)
+        self.hooks.evaluation_finished(evaluation)
+        result = Result(None, None, None, self.state.step, metrics, str(self.output_dir))
+        self._write(result)
+        self.console.say(f"Done: {self.plan.eval_rows:,} rows evaluated. The metrics are in {result.output_dir}")
+        return result
 
     def _finish(self, before: Mapping[str, float] | None) -> Result:
         """Export the model, write results, and say what came of it."""
@@ -668,11 +695,14 @@ class Run:
             metrics=metrics,
             output_dir=str(self.output_dir),
         )
+        self._write(result)
+        summary.say_result(self, result)
+        return result
+
+    def _write(self, result: Result) -> None:
         with self.backend.together("exporting the model", LlmtkError):
             if self.backend.is_main:
                 self.folder.finish(self, result)
-        summary.say_result(self, result)
-        return result
 
     def _test(self) -> dict[str, float]:
         """Evaluate the model that is exported on the test rows, unless a signal has stopped the run."""

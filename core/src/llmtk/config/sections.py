@@ -333,6 +333,10 @@ def _pairs(value: Any) -> Any:
 class TrainConfig(Section):
     """The training loop. Keys mean what they mean in transformers' TrainingArguments."""
 
+    do_train: bool = True
+    """Train. false: evaluate the model as it is, write the results, and stop."""
+    do_eval: bool = True
+    """Evaluate as eval_strategy says. false: never, as under eval_strategy: no."""
     learning_rate: float = Field(5e-5, ge=0)
     """Peak learning rate."""
     num_train_epochs: float = Field(3.0, gt=0)
@@ -411,11 +415,16 @@ class TrainConfig(Section):
     """By default false for a metric whose name ends in loss or perplexity, else true."""
     max_nonfinite_steps: int = Field(3, ge=1)
     """A step whose loss or gradient is not finite changes no weight; this many in a row stop the run."""
+    ddp_backend: Literal["nccl", "gloo", "mpi", "xccl", "hccl"] | None = None
+    """What gradients go through between ranks. By default nccl on CUDA, gloo on a CPU."""
     ddp_find_unused_parameters: bool = False
     """As in torch's DistributedDataParallel."""
     merge_and_save: bool = False
     """Merge the trained adapter into its base when the model is exported: a full model, which needs neither peft nor
     the base, in the dtype that the base is saved in. The adapter itself goes into a folder `adapter` within."""
+    log_level: Literal["debug", "info", "warning", "error", "critical", "passive"] = "passive"
+    """Lowest level of transformers', datasets', accelerate's and peft's messages, which `run.log` keeps beside all that
+    the run says. `passive`: as these packages have it."""
     report_to: list[str] = Field(default_factory=list)
     """Trackers of Accelerate's: tensorboard, wandb, mlflow, ..."""
     run_name: str | None = None
@@ -423,12 +432,21 @@ class TrainConfig(Section):
     resume_from_checkpoint: str | None = None
     """A checkpoint's folder, or `auto` for the newest sound one. The same as --resume."""
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether evaluations are wanted, if there is data for them."""
+        return self.do_eval and self.eval_strategy != "no"
+
     @model_validator(mode="after")
     def _belongs_together(self) -> TrainConfig:
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 exclude each other")
         if self.max_steps == 0:
             raise ValueError("max_steps is 0: give a number of steps, or -1 to train for num_train_epochs")
+        if not self.do_eval and self.eval_strategy != "no" and "eval_strategy" in self.model_fields_set:
+            raise ValueError(f"do_eval: false and eval_strategy: {self.eval_strategy} exclude each other")
+        if not self.do_train and not self.evaluates:
+            raise ValueError("do_train: false evaluates, and do_eval: false or eval_strategy: no forbid it: change one")
         if self.eval_steps is not None and self.eval_strategy != "steps":
             raise ValueError(f"eval_steps needs eval_strategy: steps; it is {self.eval_strategy}")
         if "save_steps" in self.model_fields_set and self.save_strategy != "steps":

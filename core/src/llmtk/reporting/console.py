@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from llmtk.reporting.logs import LOGGER
+
 if TYPE_CHECKING:
     from llmtk.training.events import Evaluation, StepReport
 
@@ -20,9 +22,10 @@ class Console:
         self._last = 0.0
 
     def say(self, message: str) -> None:
-        """Print a line, above the live display if there is one."""
+        """Print a line, above the live display if there is one, and log it."""
         if not self.speaks:
             return
+        LOGGER.info(message)
         if self._progress is not None:
             self._progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -76,8 +79,9 @@ class Console:
         if self._progress is not None and "reward" in line:
             self._progress.update(self._task, reward=f"  reward {line['reward']:.3g}")
         told = "".join(f"{name} {line[name]:.4f}  " for name in ("loss", "reward") if name in line)
-        if self._progress is None and told:
-            self.say(
+        if told and self.speaks:
+            say = self.say if self._progress is None else LOGGER.info
+            say(
                 f"step {line['step']}/{steps}  {told}grad_norm {line['grad_norm']:.3f}  "
                 f"lr {line['learning_rate']:.2e}  epoch {line['epoch']:.2f}  {tokens_per_second:,.0f} tokens/s"
             )

@@ -20,8 +20,11 @@ def say_plan(run: Run, checkpoint: Path | None) -> None:
     say(f"model      {model_name(run)}, {plan.total_parameters:,} parameters, {share}")
     rows = f"{plan.train_rows:,} rows" if plan.train_rows else "a stream of rows"
     say(f"data       {rows} to train on, {plan.eval_rows:,} to evaluate")
-    epoch = f"; {plan.steps_per_epoch:,} make an epoch" if plan.steps_per_epoch else ""
-    say(f"steps      {plan.max_steps:,}, each of {plan.global_batch} rows{epoch}")
+    if run.config.train.do_train:
+        epoch = f"; {plan.steps_per_epoch:,} make an epoch" if plan.steps_per_epoch else ""
+        say(f"steps      {plan.max_steps:,}, each of {plan.global_batch} rows{epoch}")
+    else:
+        say("steps      none (train.do_train: false): the model is evaluated as it is")
     say(f"compute    {plan.precision} on {plan.device}")
     scorer = run.scorers[None]
     say("scoring    packed, proven on this model" if scorer.packed else f"scoring    padded: {scorer.why_padded}")

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -43,6 +43,7 @@ class Backend:
 
     def __init__(self, config: TrainConfig, project_dir: str | None = None) -> None:
         self.precision, self.why_precision = choose_precision(config)
+        _check_ddp_backend(config.ddp_backend)
         # Accelerate keeps the precision in a state shared by the process, which a second run would inherit.
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
@@ -54,7 +55,7 @@ class Backend:
             step_scheduler_with_optimizer=False,
             log_with=_trackers(config.report_to) or None,
             project_dir=project_dir,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.ddp_find_unused_parameters)],
+            kwargs_handlers=_handlers(config),
         )
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
@@ -197,6 +198,23 @@ def _leave() -> None:
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _check_ddp_backend(name: str | None) -> None:
+    """Refuse what this torch or this machine cannot talk through: Accelerate would take another in silence."""
+    if name is None:
+        return
+    if not dist.is_backend_available(name):
+        raise ConfigurationError(f"train.ddp_backend: this torch is built without {name}. Leave it out, or use gloo")
+    if name == "nccl" and not torch.cuda.is_available():
+        raise ConfigurationError("train.ddp_backend: nccl is for CUDA devices; none is here. Leave it out, or use gloo")
+
+
+def _handlers(config: TrainConfig) -> list[Any]:
+    handlers: list[Any] = [
+        DistributedDataParallelKwargs(find_unused_parameters=config.ddp_find_unused_parameters),
+    ]
+    return handlers + ([InitProcessGroupKwargs(backend=config.ddp_backend)] if config.ddp_backend else [])
 
 
 def _trackers(names: list[str]) -> list[str]:

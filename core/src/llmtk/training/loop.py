@@ -156,7 +156,7 @@ def _log(run: Run, report: StepReport) -> None:
 
 def _evaluation_is_due(run: Run) -> bool:
     config, state = run.config.train, run.state
-    if run.eval_rows is None or config.eval_strategy == "no":
+    if run.eval_rows is None or not config.evaluates:
         return False
     if state.step == run.plan.max_steps:
         return True
