@@ -41,7 +41,7 @@ from llmtk.training.evaluation import eval_mode, evaluate
 from llmtk.training.events import Evaluation, Plan
 from llmtk.training.loop import Interrupted
 from llmtk.training.micro_batches import cut_window
-from llmtk.training.order import RowOrder, row_lengths, share
+from llmtk.training.order import Lengths, RowOrder, grouped_by_length, row_lengths, share
 from llmtk.training.precompute import Precomputed, precompute
 from llmtk.training.randomness import Randomness
 from llmtk.training.router import RouterLoss
@@ -572,16 +572,39 @@ class Run:
         return scoring.choose(model, self.gather, forced)
 
     def _row_order(self, data: Data) -> RowOrder | StreamedRows:
-        """Return the order of the training rows. ConfigurationError where a plugin would order what it cannot."""
+        """Return the order of the training rows. ConfigurationError where nobody can order them as is asked."""
         cannot = "a stream" if self.config.data.streaming else "sources with weights" if data.mixture else None
-        if cannot and self.manager.hook.order_examples.get_hookimpls():
+        plugin = self.hooks.answered("order_examples")
+        if cannot and plugin:
             raise ConfigurationError(
                 f"data.train: a plugin orders the rows of this run (order_examples), and {cannot} cannot be ordered. "
                 "Leave one of them out"
             )
+        by_length = self.config.train.group_by_length
+        if by_length and plugin:
+            raise ConfigurationError("train.group_by_length: a plugin orders the rows of this run; leave one of them out")
         if isinstance(data.train, StreamedRows):
+            if by_length:
+                raise ConfigurationError("train.group_by_length: a stream cannot be grouped; leave one of them out")
             return data.train
-        return RowOrder(len(data.train), self.data_seed, self.hooks.order_examples, mixture=data.mixture)
+        order = (len(data.train), self.data_seed, self.hooks.order_examples)
+        if not by_length:
+            return RowOrder(*order, mixture=data.mixture)
+        lengths = self._lengths_to_group_by(data)
+        return RowOrder(
+            *order, mixture=data.mixture, arrange=lambda usual: grouped_by_length(usual, lengths, self.global_rows)
+        )
+
+    def _lengths_to_group_by(self, data: Data) -> Lengths:
+        column = self.config.train.length_column_name
+        lengths = row_lengths(data.train, column)
+        if lengths is None:
+            has = ", ".join(getattr(data.train, "column_names", ())) or "none"
+            raise ConfigurationError(
+                f"train.group_by_length: the rows of stage {self.stage_name} have no column {column!r}; they have {has}. "
+                f"Where all rows are equally long, as blocks of text are, leave it out"
+            )
+        return lengths
 
     def _make_plan(self) -> Plan:
         from llmtk.models.loading import parameter_counts

@@ -6,12 +6,18 @@ import time
 from collections import Counter
 from itertools import chain
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from llmtk import PluginError
-from llmtk.training.order import Cursor, RowOrder, shuffled
+from llmtk import ConfigurationError, PluginError, hookimpl
+from llmtk.run import Interrupted
+from llmtk.training.order import Cursor, RowOrder, grouped_by_length, shuffled
+
+from .kit import Lm, assert_same_run, make
 
 
 def take_epoch(order: RowOrder, count: int) -> list[list[int]]:
@@ -115,9 +121,107 @@ def test_a_mixture_is_a_pure_function_of_seed_and_epoch():
     assert len({tuple(take(seed, epoch)) for seed in (1, 2) for epoch in (2, 3)}) == 4
 
 
-def test_a_million_rows_are_passed_over_at_once():
-    order = RowOrder(2_000_000, seed=0)
-    order.cursor = Cursor(3, 1_000_000)
-    start = time.perf_counter()
-    assert len(order.take(64)) == 64
-    assert time.perf_counter() - start < 1
+# Grouped by length
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(1, 4), (7, 2), (50, 3), (2000, 8)])
+def test_groups_of_about_equal_length_are_those_of_transformers(monkeypatch, rows, batch):
+    lengths = np.random.default_rng(rows).integers(1, 40, rows)
+    order = shuffled(rows, 5, 0)
+    monkeypatch.setattr(torch, "randperm", lambda *_, **__: torch.tensor(order))
+    assert list(grouped_by_length(order, lengths, batch)) == get_length_grouped_indices(lengths.tolist(), batch)
+
+
+def test_batches_grouped_by_length_waste_little():
+    lengths = np.random.default_rng(0).integers(1, 100, 4000)
+
+    def padding(order):
+        batches = [lengths[np.asarray(order[start : start + 8])] for start in range(0, 4000, 8)]
+        return sum(int(batch.max() * len(batch) - batch.sum()) for batch in batches)
+
+    usual = RowOrder(4000, 3).take(4000)
+    grouped = RowOrder(4000, 3, arrange=lambda order: grouped_by_length(order, lengths, 8)).take(4000)
+    assert sorted(grouped) == sorted(usual)
+    assert padding(grouped) < padding(usual) / 10
+
+
+def test_an_order_by_length_goes_on_in_the_middle_of_a_million_rows_at_once():
+    lengths = np.random.default_rng(0).integers(1, 100, 1_000_000)
+    order = RowOrder(1_000_000, 3, arrange=lambda usual: grouped_by_length(usual, lengths, 64))
+    order.cursor = Cursor(4, 900_000)
+    began = time.perf_counter()
+    order.take(64)
+    assert time.perf_counter() - began < 1
+
+
+LONG_AND_SHORT = [{"text": "x" * (3 + 7 * i % 40)} for i in range(24)]
+
+
+class Watch:
+    """Keeps the lengths of the rows of each window, and stops half-way if asked to."""
+
+    name = "watch"
+
+    def __init__(self, stops=False):
+        self.seen, self.stops = [], stops
+
+    @hookimpl
+    def extra_metrics(self, run, window):
+        self.seen.append(window.segment_lengths.tolist())
+
+    @hookimpl
+    def step_finished(self, run, step):
+        if self.stops and step.step == 3:
+            run.ask_to_stop(15)
+
+
+def test_a_run_grouped_by_length_goes_on_to_the_bit(tmp_path):
+    settings = {"rows": LONG_AND_SHORT, "group_by_length": True, "max_steps": 9, "logging_steps": 1}
+    watch = Watch()
+    whole = make(tmp_path / "whole", plugins=[watch], **settings)
+    whole.train()
+    assert max(max(lengths) for lengths in watch.seen) == max(watch.seen[0])
+    spread = [max(lengths) - min(lengths) for lengths in watch.seen]
+    usual = Watch()
+    make(tmp_path / "usual", plugins=[usual], **settings | {"group_by_length": False}).train()
+    assert sum(spread) < sum(max(lengths) - min(lengths) for lengths in usual.seen)
+    with pytest.raises(Interrupted):
+        make(tmp_path / "parts", plugins=[Watch(stops=True)], **settings).train()
+    parts = make(tmp_path / "parts", plugins=[Watch()], resume="auto", **settings)
+    parts.train()
+    assert_same_run(whole, parts)
+
+
+class Priced(Lm):
+    """Its rows have a column of their own."""
+
+    def encode_rows(self, run, rows):
+        encoded = super().encode_rows(run, rows)
+        return encoded.add_column("cost", [-length for length in encoded["length"]])
+
+
+def test_rows_are_grouped_by_another_column(tmp_path):
+    watch = Watch()
+    settings = {"rows": LONG_AND_SHORT, "group_by_length": True, "length_column_name": "cost", "max_steps": 1}
+    make(tmp_path / "run", Priced, plugins=[watch], **settings).train()
+    lengths = [len(row["text"]) for row in LONG_AND_SHORT]
+    assert min(watch.seen[0]) == min(lengths) + 0 or min(watch.seen[0]) <= sorted(lengths)[2]
+    with pytest.raises(ConfigurationError, match="have no column 'cost'; they have input_ids, length, place"):
+        make(tmp_path / "other", plugins=[watch], **settings).train()
+
+
+class Sorts:
+    name = "sorts"
+
+    @hookimpl
+    def order_examples(self, run, epoch):
+        return list(range(24))
+
+
+def test_what_would_not_be_grouped_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="a plugin orders the rows"):
+        make(tmp_path / "a", rows=LONG_AND_SHORT, group_by_length=True, plugins=[Sorts()]).train()
+    with pytest.raises(ConfigurationError, match="length_column_name is used by group_by_length"):
+        make(tmp_path / "b", length_column_name="cost")
+    with pytest.raises(ConfigurationError, match="have no column 'length'; they have none"):
+        make(tmp_path / "c", "pt", group_by_length=True).train()

@@ -395,6 +395,11 @@ class TrainConfig(Section):
     """Seed of everything that is drawn."""
     data_seed: int | None = None
     """Seed of the data order. By default `seed`."""
+    group_by_length: bool = False
+    """Draw batches of rows of about equal length: less padding where it is padded, micro-batches of about equal cost
+    where they are cut by rows. The order is random still, but less so."""
+    length_column_name: str = "length"
+    """The column of the encoded rows that group_by_length goes by. `length`: a row's tokens."""
     logging_steps: int = Field(10, ge=1)
     """Steps between two lines of metrics."""
     eval_strategy: Strategy = "epoch"
@@ -447,6 +452,8 @@ class TrainConfig(Section):
             raise ValueError(f"do_eval: false and eval_strategy: {self.eval_strategy} exclude each other")
         if not self.do_train and not self.evaluates:
             raise ValueError("do_train: false evaluates, and do_eval: false or eval_strategy: no forbid it: change one")
+        if self.length_column_name != "length" and not self.group_by_length:
+            raise ValueError("length_column_name is used by group_by_length: true alone; leave it out")
         if self.eval_steps is not None and self.eval_strategy != "steps":
             raise ValueError(f"eval_steps needs eval_strategy: steps; it is {self.eval_strategy}")
         if "save_steps" in self.model_fields_set and self.save_strategy != "steps":

@@ -24,6 +24,10 @@ Mixture = Sequence[tuple[int, float]]
 """(rows, weight) of each source, in the order of the rows."""
 _NO_EPOCH = 2**63
 """A number that no epoch has, for what is drawn once."""
+Arrange = Callable[[Any], Any]
+"""Puts an epoch's usual order (rows,) in another one."""
+MEGABATCHES = 50
+"""Batches, at most, among whose rows those of about equal length are brought together."""
 
 
 @dataclass
@@ -41,15 +45,24 @@ class RowOrder:
     """Takes row indices, epoch after epoch, each epoch in an order of its own.
 
     `mixture` is as in `llmtk.contract.Data`; without it each row comes once an epoch. No plugin orders a mixture.
+    `arrange` puts the usual order in another.
     """
 
-    def __init__(self, rows: int, seed: int, order: Order = lambda epoch: None, mixture: Mixture = ()) -> None:
+    def __init__(
+        self,
+        rows: int,
+        seed: int,
+        order: Order = lambda epoch: None,
+        arrange: Arrange = lambda usual: usual,
+        mixture: Mixture = (),
+    ) -> None:
         self.rows = sum(rows_taken(*part) for part in mixture) if mixture else rows
         """Rows of an epoch."""
         self._mixture = mixture
         self.cursor = Cursor()
         self._seed = seed
         self._order = order
+        self._arrange = arrange
         self._epoch_order: tuple[int, Sequence[int]] | None = None
 
     @property
@@ -81,8 +94,9 @@ class RowOrder:
         if order is not None:
             return self._check(order)
         usual: Any = shuffled(self.rows, self._seed, epoch)
-        drawn: Sequence[int] = mixed(self._mixture, self._seed, epoch)[usual] if self._mixture else usual
-        return drawn
+        drawn = mixed(self._mixture, self._seed, epoch)[usual] if self._mixture else usual
+        arranged: Sequence[int] = self._arrange(drawn)
+        return arranged
 
     def _check(self, order: Sequence[int]) -> Sequence[int]:
         if sorted(order) != list(range(self.rows)):
@@ -118,12 +132,26 @@ def mixed(mixture: Mixture, seed: int, epoch: int) -> Any:
     return np.concatenate(parts)
 
 
-def row_lengths(rows: Dataset) -> Lengths | None:
-    """(rows,): the tokens of each row, from the column `length` alone; None for rows without such a column."""
+def grouped_by_length(order: Any, lengths: Lengths, batch: int) -> Any:
+    """Return an order (rows,) in which the rows of a batch are of about equal length, as transformers' Trainer has it.
+
+    Rows are sorted, the longest first, within stretches of up to 50 batches, so that much of the order stays random.
+    The longest row of all comes first: what does not fit into memory shows at once.
+    """
+    stretch = batch * max(1, min(len(order) // (4 * batch), MEGABATCHES))
+    parts = [order[start : start + stretch] for start in range(0, len(order), stretch)]
+    parts = [part[np.argsort(-lengths[part], kind="stable")] for part in parts]
+    longest = int(np.argmax([lengths[part[0]] for part in parts]))
+    parts[0][0], parts[longest][0] = parts[longest][0], parts[0][0]
+    return np.concatenate(parts)
+
+
+def row_lengths(rows: Dataset, column: str = "length") -> Lengths | None:
+    """(rows,): the tokens of each row, from one column alone; None for rows without such a column."""
     data: Any = rows
-    if "length" not in getattr(data, "column_names", ()):
+    if column not in getattr(data, "column_names", ()):
         return None
-    return np.asarray(data["length"][:])
+    return np.asarray(data[column][:])
 
 
 def share(indices: Sequence[int], lengths: Lengths | None, rank: int, ranks: int) -> list[int]:
