@@ -53,7 +53,7 @@ class Pretraining(Stage):
     summary = "Pretraining, from scratch or continued: next-token prediction over packed blocks of text"
     paper = "arXiv 2005.14165, section 2"
     row_types = ("text",)
-    honours = frozenset({"label_smoothing_factor"})
+    honours = frozenset({"label_smoothing_factor", "neftune_noise_alpha"})
     dropout = True
     defaults = {"train": {"learning_rate": 5e-4, "lr_scheduler_type": "cosine"}}
 

@@ -39,7 +39,7 @@ class SupervisedFineTuning(Stage):
     summary = "Supervised fine-tuning: next-token prediction on what the assistant says"
     paper = "arXiv 2203.02155, section 3.5; dft: arXiv 2508.05629"
     row_types = ("dialogue", "prompt_completion")
-    honours = frozenset({"label_smoothing_factor"})
+    honours = frozenset({"label_smoothing_factor", "neftune_noise_alpha"})
     dropout = True
     defaults = {"train": {"learning_rate": 2e-5}}
 

@@ -41,6 +41,7 @@ from llmtk.training.evaluation import eval_mode, evaluate
 from llmtk.training.events import Evaluation, Plan
 from llmtk.training.loop import Interrupted
 from llmtk.training.micro_batches import cut_window
+from llmtk.training.neftune import EmbeddingNoise
 from llmtk.training.order import Lengths, RowOrder, grouped_by_length, row_lengths, share
 from llmtk.training.precompute import Precomputed, precompute
 from llmtk.training.randomness import Randomness
@@ -555,6 +556,7 @@ class Run:
             disable_dropout(self.model)
         self.model.train()
         self.router = RouterLoss(self.model, self.notify)
+        self.noise = self._embedding_noise()
         own = self._scorer(self.model)
         self.scorers: dict[str | None, Scorer] = {None: own, **dict.fromkeys(self.views, own)}
         self.scorers |= {name: self._scorer(model) for name, model in self.frozen.items()}
@@ -564,6 +566,10 @@ class Run:
         """Whether dropout stays on: as the stage has it, unless the user says otherwise."""
         asked = self.config.train.disable_dropout
         return self.stage.dropout if asked is None else not asked
+
+    def _embedding_noise(self) -> EmbeddingNoise | None:
+        alpha, purpose = self.config.train.neftune_noise_alpha, f"neftune/{self.rank}"
+        return None if alpha is None else EmbeddingNoise(self.model, alpha, lambda: self.generator(purpose))
 
     def _scorer(self, model: nn.Module) -> Scorer:
         """Choose how to score a model, before it is wrapped."""
@@ -757,7 +763,7 @@ class Run:
         if model is None:
 
             def policy(**inputs: Any) -> Any:
-                with keep_less(self.device, len(batch.tokens)):
+                with keep_less(self.device, len(batch.tokens)), self._noise(batch, inputs):
                     output = self.backend.wrapped(**inputs)
                 self.router.hear(output, batch)
                 return output
@@ -778,6 +784,12 @@ class Run:
                 return frozen(**inputs)
 
         return forward
+
+    def _noise(self, batch: Batch, inputs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+        """Put noise on the embeddings of what the policy is trained on, and of nothing else."""
+        if self.noise is None or not (self.model.training and torch.is_grad_enabled()):
+            return contextlib.nullcontext()
+        return self.noise.on(batch, inputs)
 
     def _share(self, indices: list[int]) -> list[Row]:
         mine = share(indices, self._train_lengths, self.rank, self.world_size)

@@ -30,7 +30,7 @@ from llmtk.errors import ConfigurationError, PluginError
 if TYPE_CHECKING:
     from llmtk.contract import Stage
 
-OPTIONAL_KEYS = frozenset({"label_smoothing_factor", "precompute_reference"})
+OPTIONAL_KEYS = frozenset({"label_smoothing_factor", "neftune_noise_alpha", "precompute_reference"})
 """Keys under `train` that a stage honours only if it says so (`Stage.honours`)."""
 SHARED: dict[str, type[Section]] = {
     "model": ModelConfig,
