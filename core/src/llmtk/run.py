@@ -40,7 +40,8 @@ from llmtk.training.backend import Backend
 from llmtk.training.evaluation import eval_mode, evaluate
 from llmtk.training.events import Evaluation, Plan
 from llmtk.training.loop import Interrupted
-from llmtk.training.micro_batches import cut_window
+from llmtk.training.memory import estimate
+from llmtk.training.micro_batches import cut_sizes, cut_window
 from llmtk.training.neftune import EmbeddingNoise
 from llmtk.training.order import Lengths, RowOrder, grouped_by_length, row_lengths, share
 from llmtk.training.precompute import Precomputed, precompute
@@ -60,6 +61,8 @@ if TYPE_CHECKING:
 __all__ = ["Interrupted", "Result", "Run", "evaluate_run"]
 
 Answer = TypeVar("Answer")
+LOOK_AHEAD = 8
+"""Steps that the plan looks at."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,11 @@ class Run:
                 finally:
                     self.folder.release()
             self.log.close()
+
+    def prepare(self) -> Plan:
+        """Load data and model, and return what `train` would do. Nothing is trained, and nothing written."""
+        self._set_up(only_to_plan=True)
+        return self.plan
 
     def evaluate(self, data: str | list[str] | list[dict[str, Any]] | None = None) -> dict[str, float]:
         """Return loss and the stage's metrics on other data, or on the run's evaluation rows."""
@@ -473,10 +481,16 @@ class Run:
             self.splits = read_splits(self.config.data, self.stage.row_types, seed=self.data_seed)
             self.eval_rows = self.hooks.build_data().eval
 
-    def _set_up(self) -> None:
+    def _set_up(self, only_to_plan: bool = False) -> None:
+        """Load everything, and compute what is wanted of it before training."""
+        if not self._is_set_up:
+            self._load()
+        if self.config.train.precompute_reference and self.precomputed is None and not only_to_plan:
+            self.precomputed = precompute(self)
+        self._is_set_up = True
+
+    def _load(self) -> None:
         """Load everything, cheapest first, so that what can be refused is refused before it costs anything."""
-        if self._is_set_up:
-            return
         from llmtk.data import read_splits
         from llmtk.models.checks import check_model
         from llmtk.models.options import check_options
@@ -507,9 +521,6 @@ class Run:
         self.plan = self._make_plan()
         self.scheduler = optimizers.build_scheduler(optimizer, self.config.train, self.plan.max_steps)
         self._schedule_waits = optimizers.waits_for_evaluation(self.config.train)
-        if self.config.train.precompute_reference:
-            self.precomputed = precompute(self)
-        self._is_set_up = True
 
     def _start(self) -> None:
         """Meet the other ranks, and settle on a folder."""
@@ -619,20 +630,49 @@ class Run:
         windows = self.stage.windows_per_round
         per_epoch = -(-self.order.rows // self.global_rows) * windows
         epochs = -(-per_epoch * config.num_train_epochs // 1)
+        steps = config.max_steps if config.max_steps > 0 else int(epochs)
         trained, total = parameter_counts(self.model)
+        micro_batches, tokens = self._first_micro_batches()
         return Plan(
             stage=self.stage_name,
-            max_steps=config.max_steps if config.max_steps > 0 else int(epochs),
+            max_steps=steps,
             steps_per_epoch=per_epoch,
             train_rows=len(self.train_rows),
             eval_rows=len(self.eval_rows) if self.eval_rows is not None else 0,
             global_batch=self.global_rows,
+            micro_batches=micro_batches,
+            warmup_steps=optimizers.warmup_steps(config, steps),
             trainable_parameters=trained,
             total_parameters=total,
             precision=f"{str(self.backend.compute_dtype).removeprefix('torch.')} ({self.backend.why_precision})",
             device=f"{self.device.type} x {self.world_size}",
             facts=self.hooks.extra_run_info(),
+            memory=estimate(
+                self.model,
+                self.frozen,
+                self.optimizer,
+                config,
+                self.backend.compute_dtype,
+                tokens,
+                self.scorers[None].packed,
+            ),
         )
+
+    def _first_micro_batches(self) -> tuple[int, int]:
+        """Return into how many micro-batches a rank cuts a step, and the tokens of the largest, over the first steps.
+
+        From the rows' lengths alone: what a stage makes of a row, such as completions, is not counted.
+        """
+        config, most, largest = self.config.train, 1, 1
+        first = self.order.usual(0)[: LOOK_AHEAD * self.global_rows].tolist()
+        for start in range(0, len(first), self.global_rows):
+            indices = first[start : start + self.global_rows]
+            mine = share(indices, self._train_lengths, self.rank, self.world_size)
+            sizes = [self.max_length] * len(mine) if self._train_lengths is None else self._train_lengths[mine].tolist()
+            parts = cut_sizes(sizes, config.per_device_train_batch_size, config.micro_batch_tokens)
+            most = max(most, len(parts))
+            largest = max([largest, *map(sum, parts)])
+        return most, largest
 
     def _check_evaluation(self) -> None:
         """Refuse options that need evaluations where there are none."""

@@ -29,6 +29,7 @@ BUILT_IN = {
     "new-stage": "Write a distribution with a stage of your own.",
     "predict": "Answer the rows of a file with a run's model, or any.",
     "report": "Write a page about a run: results, curves, samples.",
+    "plan": "Show what a run would do, and train nothing.",
     "run": "Train.",
     "runs": "List runs, show one, or compare several.",
     "schema": "Print the JSON Schema of a stage's configuration.",

@@ -52,11 +52,18 @@ def made(words: Sequence[str], resume: str | None) -> Run:
     """Return the run that the words of `llmtk run` ask for. Errors are those of bad input."""
     if resume is not None and _belongs_to_words(resume):
         words, resume = (*words, resume), "auto"
-    asked = sort_words(words)
-    layers = layers_of(asked)
+    stage, layers = asked_for(words)
     from llmtk.run import Run
 
-    return Run.from_layers(asked.stage, *layers, resume=resume)
+    return Run.from_layers(stage, *layers, resume=resume)
+
+
+def asked_for(words: Sequence[str]) -> tuple[str | None, list[dict[str, Any]]]:
+    """Return the stage that the words of a command name, if one, and the configuration's layers, the later over the
+    earlier. UsageError for words that are neither stage, file nor setting; ConfigurationError for a broken file.
+    """
+    asked = sort_words(words)
+    return asked.stage, layers_of(asked)
 
 
 def _belongs_to_words(resume: str) -> bool:

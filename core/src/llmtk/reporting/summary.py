@@ -2,35 +2,70 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from llmtk.training.memory import in_words
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from llmtk.run import Result, Run
+    from llmtk.training.events import Plan
 
 
 def say_plan(run: Run, checkpoint: Path | None) -> None:
     """Print what the run is going to do."""
-    plan, say = run.plan, run.console.say
-    if run.demo:
-        say("No model and no data given: this is a demo on the built-in model and the stage's own data.")
-    share = f"{plan.trainable_parameters / plan.total_parameters:.1%} of them trained"
-    say(f"stage      {plan.stage}: {run.stage.summary}")
-    say(f"model      {model_name(run)}, {plan.total_parameters:,} parameters, {share}")
+    for line in plan_lines(run):
+        run.console.say(line)
+    run.console.say(f"output     {run.output_dir}" + (f", going on from {checkpoint.name}" if checkpoint else ""))
+
+
+def plan_lines(run: Run) -> list[str]:
+    """Return what a run that is set up would do, in words."""
+    plan, scorer = run.plan, run.scorers[None]
+    plugins = [name for name, _ in run.manager.list_name_plugin()][1:]
+    share = f"{plan.trainable_parameters:,} ({plan.trainable_parameters / plan.total_parameters:.1%}) of them trained"
     rows = f"{plan.train_rows:,} rows" if plan.train_rows else "a stream of rows"
-    say(f"data       {rows} to train on, {plan.eval_rows:,} to evaluate")
-    if run.config.train.do_train:
-        epoch = f"; {plan.steps_per_epoch:,} make an epoch" if plan.steps_per_epoch else ""
-        say(f"steps      {plan.max_steps:,}, each of {plan.global_batch} rows{epoch}")
-    else:
-        say("steps      none (train.do_train: false): the model is evaluated as it is")
-    say(f"compute    {plan.precision} on {plan.device}")
-    scorer = run.scorers[None]
-    say("scoring    packed, proven on this model" if scorer.packed else f"scoring    padded: {scorer.why_padded}")
-    if names := [name for name, _ in run.manager.list_name_plugin()][1:]:
-        say(f"plugins    {', '.join(names)} (the last is outermost)")
-    say(f"output     {run.output_dir}" + (f", going on from {checkpoint.name}" if checkpoint else ""))
+    demo = ["No model and no data given: this is a demo on the built-in model and the stage's own data."]
+    return [
+        *(demo if run.demo else []),
+        f"stage      {plan.stage}: {run.stage.summary}",
+        f"model      {model_name(run)}, {plan.total_parameters:,} parameters, {share}",
+        f"data       {rows} to train on, {plan.eval_rows:,} to evaluate",
+        *_steps(run),
+        f"compute    {plan.precision} on {plan.device}",
+        f"memory     {_memory(run)}",
+        "scoring    packed, proven on this model" if scorer.packed else f"scoring    padded: {scorer.why_padded}",
+        *([f"plugins    {', '.join(plugins)} (the last is outermost)"] if plugins else []),
+    ]
+
+
+def as_data(plan: Plan) -> dict[str, Any]:
+    """Return a plan as JSON values, for scripts; memory in bytes."""
+    return {**asdict(plan), "memory": {**asdict(plan.memory), "total": plan.memory.total}}
+
+
+def _steps(run: Run) -> list[str]:
+    plan, config = run.plan, run.config.train
+    if not config.do_train:
+        return ["steps      none (train.do_train: false): the model is evaluated as it is"]
+    cut = f"{plan.micro_batches} micro-batch{'es' * (plan.micro_batches > 1)} on each rank"
+    if config.micro_batch_tokens:
+        cut = f"about {cut}, of at most {config.micro_batch_tokens:,} tokens"
+    warmup = f", after {plan.warmup_steps:,} steps of warm-up" if plan.warmup_steps else ""
+    epoch = f"; {plan.steps_per_epoch:,} make an epoch" if plan.steps_per_epoch else ""
+    return [
+        f"steps      {plan.max_steps:,}, each of {plan.global_batch} rows in {cut}{epoch}",
+        f"schedule   {config.optim}, {config.lr_scheduler_type} from {config.learning_rate:g}{warmup}",
+    ]
+
+
+def _memory(run: Run) -> str:
+    memory = run.plan.memory
+    parts = ", ".join(f"{name} {in_words(size)}" for name, size in asdict(memory).items() if size)
+    written = " (completions not counted)" if "generation" in run.stage.needs else ""
+    return f"about {in_words(memory.total)} on each rank: {parts}{written}"
 
 
 def say_result(run: Run, result: Result) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmtk.training.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,13 @@ class Plan:
     eval_rows: int
     global_batch: int
     """Rows of an optimizer window, over all ranks."""
+    micro_batches: int
+    """Micro-batches of a step on each rank, in the first steps, on the rank with most."""
+    warmup_steps: int
     trainable_parameters: int
     total_parameters: int
+    memory: Memory
+    """An estimate, for each rank."""
     precision: str
     device: str
     facts: Mapping[str, Any]

@@ -69,6 +69,13 @@ def cut_window(window: Batch, backend: Backend, *, rows: int, tokens: int | None
     )
 
 
+def cut_sizes(sizes: Sequence[int], rows: int, tokens: int | None) -> list[list[int]]:
+    """Cut groups of these sizes as `cut_window` would on one rank; return the sizes, part by part."""
+    if tokens:
+        return [[sizes[group] for group in part] for part in pack(sizes, tokens)]
+    return [list(sizes[start : start + rows]) for start in range(0, len(sizes), rows)]
+
+
 def _in_order(groups: int, rows: int, wanted: int) -> list[range]:
     """Cut by `rows`; where that gives fewer than `wanted` parts, into as many of about equally many groups."""
     if -(-groups // rows) == wanted:

@@ -206,12 +206,11 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps
     """Build the schedule over this many steps. ConfigurationError where its arguments don't fit."""
     from transformers import get_scheduler
 
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
     try:
         return get_scheduler(
             config.lr_scheduler_type,
             optimizer,
-            warmup,
+            warmup_steps(config, steps),
             steps,
             scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs),
         )
@@ -220,6 +219,11 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps
             f"train.lr_scheduler_kwargs {dict(config.lr_scheduler_kwargs)} do not fit "
             f"lr_scheduler_type {config.lr_scheduler_type}: {error}"
         ) from error
+
+
+def warmup_steps(config: TrainConfig, steps: int) -> int:
+    """Return in how many of a run's steps the learning rate rises."""
+    return config.warmup_steps or math.ceil(config.warmup_ratio * steps)
 
 
 def waits_for_evaluation(config: TrainConfig) -> bool:

@@ -84,19 +84,22 @@ class RowOrder:
                 break
         return taken
 
+    def ahead(self, count: int, batches: int) -> list[list[int]]:
+        """Return the next global batches without taking them: so many of `count` rows, but none of another epoch."""
+        at, order = self.cursor.consumed, self._order_of(self.cursor.epoch)
+        starts = range(at, min(at + count * batches, self.rows), count)
+        return [[int(index) for index in order[start : start + count]] for start in starts]
+
+    def usual(self, epoch: int) -> Any:
+        """Return the order (rows,) of an epoch that no plugin orders."""
+        order = shuffled(self.rows, self._seed, epoch)
+        return self._arrange(mixed(self._mixture, self._seed, epoch)[order] if self._mixture else order)
+
     def _order_of(self, epoch: int) -> Sequence[int]:
         if self._epoch_order is None or self._epoch_order[0] != epoch:
-            self._epoch_order = (epoch, self._make_order(epoch))
+            order = self._order(epoch)
+            self._epoch_order = (epoch, self.usual(epoch) if order is None else self._check(order))
         return self._epoch_order[1]
-
-    def _make_order(self, epoch: int) -> Sequence[int]:
-        order = self._order(epoch)
-        if order is not None:
-            return self._check(order)
-        usual: Any = shuffled(self.rows, self._seed, epoch)
-        drawn = mixed(self._mixture, self._seed, epoch)[usual] if self._mixture else usual
-        arranged: Sequence[int] = self._arrange(drawn)
-        return arranged
 
     def _check(self, order: Sequence[int]) -> Sequence[int]:
         if sorted(order) != list(range(self.rows)):

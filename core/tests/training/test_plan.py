@@ -1,0 +1,189 @@
+"""`llmtk plan`: what a run would do, against what it does; nothing trained, nothing written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from llmtk import ConfigurationError, LossOutput, Term
+from llmtk.cli import call
+from llmtk.training import memory
+from llmtk.training.memory import in_words, state_bytes
+
+from .kit import EVAL, LLAMA, ROWS, Lm, make
+
+
+class Counting(Lm):
+    """Counts the micro-batches of each step, and the tokens of the largest."""
+
+    def __init__(self, options=None):
+        super().__init__(options)
+        self.micro_batches, self.largest = {}, 0
+
+    def compute_loss(self, run, batch):
+        if run.model.training:
+            self.micro_batches[run.step] = self.micro_batches.get(run.step, 0) + 1
+            self.largest = max(self.largest, len(batch.tokens))
+        return super().compute_loss(run, batch)
+
+
+CUTS = {
+    "rows": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
+    "tokens": {"per_device_train_batch_size": 6, "micro_batch_tokens": 60},
+    "one": {"per_device_train_batch_size": 12},
+    "by length": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "group_by_length": True},
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_plan_is_what_the_run_does(tmp_path, cut):
+    settings = {"num_train_epochs": 1, "max_steps": -1, "warmup_ratio": 0.4} | CUTS[cut]
+    plan = make(tmp_path / "run", Counting, **settings).prepare()
+    assert not (tmp_path / "run").exists()
+    run = make(tmp_path / "run", Counting, **settings)
+    assert run.train().steps == plan.max_steps == len(run.stage.micro_batches)
+    assert max(run.stage.micro_batches.values()) == plan.micro_batches
+    assert plan.global_batch == run.global_rows
+    assert plan.warmup_steps == -(-plan.max_steps * 4 // 10)
+    assert run._first_micro_batches()[1] == run.stage.largest
+
+
+def test_weights_gradients_and_state_are_as_they_are_after_a_step(tmp_path):
+    run = make(tmp_path / "run", max_steps=1)
+    run.train()
+    parameters = list(run.model.parameters())
+    assert run.plan.memory.weights == sum(p.nbytes for p in parameters) == 4 * run.plan.total_parameters
+    assert run.plan.memory.gradients == sum(p.nbytes for p in parameters)
+    state = [v for s in run.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    assert run.plan.memory.optimizer == pytest.approx(sum(v.nbytes for v in state), rel=1e-2)
+
+
+def test_an_adapter_has_gradients_and_state_of_its_own_alone(tmp_path, folder):
+    plan = make(tmp_path / "run", model=folder, sections={"peft": {"r": 2}}).prepare()
+    assert plan.memory.gradients == 4 * plan.trainable_parameters < plan.memory.weights / 5
+    assert plan.memory.optimizer == pytest.approx(8 * plan.trainable_parameters, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "size"),
+    [
+        (lambda p: torch.optim.AdamW(p), 8),
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), 12),
+        (lambda p: torch.optim.SGD(p), 0),
+        (lambda p: torch.optim.SGD(p, momentum=0.9), 4),
+        (lambda p: torch.optim.Adafactor(p), 0.03),
+        (lambda p: torch.optim.LBFGS(p), 0),  # it wants a closure: not measured
+    ],
+)
+def test_state_is_measured(make_optimizer, size):
+    assert state_bytes(make_optimizer([torch.nn.Parameter(torch.zeros(3))])) == pytest.approx(size, abs=0.01)
+
+
+def kept_by_a_forward(model, tokens):
+    """Return the bytes that a plain forward of one row keeps for its backward pass, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen = {}
+
+    def keep(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        states = model.model(torch.arange(tokens)[None] % 90).last_hidden_state  # alive, so that no storage is reused
+    assert states.requires_grad
+    return sum(size for place, size in seen.items() if place not in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_about_what_a_forward_keeps(build, dtype):
+    model = build(LLAMA, hidden_size=64, intermediate_size=256, num_hidden_layers=4).train().to(dtype)
+    kept = kept_by_a_forward(model, 60) - kept_by_a_forward(model, 20)
+    optimizer = torch.optim.SGD(model.parameters())
+    config = make_config()
+
+    def estimated(tokens):
+        return memory.estimate(model, {}, optimizer, config, dtype, tokens, packed=True).activations
+
+    assert 0.5 < (estimated(60) - estimated(20)) / kept < 2
+
+
+def make_config(**settings):
+    from llmtk.config.sections import TrainConfig
+
+    return TrainConfig(**settings)
+
+
+def test_activations_are_fewer_with_checkpointing_and_more_where_logits_are_kept(model):
+    optimizer = torch.optim.SGD(model.parameters())
+
+    def estimated(packed=True, **settings):
+        return memory.estimate(model, {}, optimizer, make_config(**settings), torch.float32, 100, packed).activations
+
+    assert estimated(gradient_checkpointing=True) < estimated() < estimated(packed=False)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [(12, "12 bytes"), (2048, "2.0 KiB"), (5 * 2**20, "5.0 MiB"), (3 * 2**40, "3,072.0 GiB")]
+)
+def test_bytes_in_words(size, words):
+    assert in_words(size) == words
+
+
+@pytest.fixture
+def words(tmp_path):
+    """The words of a run of `pt` from scratch."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in ROWS))
+    model = [f"model.from_config={json.dumps(LLAMA)}", "model.tokenizer={kind: byte}"]
+    train = ["train.per_device_train_batch_size=2", "train.warmup_steps=1", "train.max_steps=3", "train.bf16=false"]
+    return ["pt", f"data.train={file}", "data.max_length=16", *model, *train, f"output_dir={tmp_path / 'run'}"]
+
+
+def test_the_command_prints_the_plan_and_trains_nothing(tmp_path, words, capsys):
+    assert call(["plan", *words]) == 0
+    out = capsys.readouterr().out
+    assert "steps      3, each of 2 rows in 1 micro-batch on each rank" in out
+    assert "schedule   adamw_torch_fused, cosine from 0.0005, after 1 steps of warm-up" in out
+    assert "memory     about " in out
+    assert out.splitlines()[-1].startswith("Nothing was trained")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_gives_json(words, capsys):
+    assert call(["plan", *words, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["stage"], plan["max_steps"], plan["global_batch"], plan["warmup_steps"]) == ("pt", 3, 2, 1)
+    assert plan["memory"]["total"] == sum(size for name, size in plan["memory"].items() if name != "total")
+
+
+def test_the_command_refuses_what_a_run_would(words, capsys):
+    assert call(["plan", *words, "train.optim=lomo"]) == 2
+    assert "train.optim: lomo cannot be used" in capsys.readouterr().err
+    assert call(["plan"]) == 2
+
+
+def test_a_plan_precomputes_nothing_and_the_run_does(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("llmtk.run.precompute", lambda run: asked.append(run))
+
+    class Referring(Lm):
+        honours = frozenset({"precompute_reference"})
+        needs = frozenset({"reference"})
+
+        def compute_loss(self, run, batch):
+            logps = run.score(batch).logps
+            return LossOutput({"loss": Term(-logps.sum(), "tokens")})
+
+    run = make(tmp_path / "run", Referring, precompute_reference=True, max_steps=1)
+    run.prepare()
+    assert not asked
+    run.train()
+    assert asked
+
+
+def test_a_plan_is_of_a_free_folder(tmp_path):
+    make(tmp_path / "run", max_steps=1, eval=EVAL).train()
+    with pytest.raises(ConfigurationError, match="holds a run of stage lm"):
+        make(tmp_path / "run").prepare()
