@@ -249,6 +249,10 @@ class Batch:
             moved.__dict__["_moved"] = self
         return moved
 
+    def pin_memory(self) -> Batch:
+        """Return this batch in pinned memory, from which copies to a CUDA device run beside its work."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return Batch(**{name: _apply(fn, value) for name, value in values.items()})

@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "train.max_steps",
     "train.per_device_eval_batch_size",
     "train.micro_batch_tokens",
+    "train.dataloader_",
     "train.logging_steps",
     "train.log_level",
     "train.do_eval",

@@ -39,6 +39,7 @@ from llmtk.training import checkpoints, loop, optimizers, snapshot
 from llmtk.training.backend import Backend
 from llmtk.training.evaluation import eval_mode, evaluate
 from llmtk.training.events import Evaluation, Plan
+from llmtk.training.fetching import Fetcher
 from llmtk.training.loop import Interrupted
 from llmtk.training.memory import estimate
 from llmtk.training.micro_batches import cut_sizes, cut_window
@@ -171,6 +172,7 @@ class Run:
         finally:
             if self._is_set_up:
                 self.console.end(self.state.step)
+                self.fetcher.close()
                 self.backend.close_trackers()
                 try:
                     self.hooks.run_finished(error)
@@ -345,7 +347,7 @@ class Run:
     def draw(self, rows: int) -> list[Row]:
         """Take this rank's share of `rows` more rows of the training data. All ranks must call it together."""
         assert self.model.training, "run.draw takes training rows: an evaluation must leave them where they are"
-        return self._share(self.order.take(rows, cross=True))
+        return self.fetcher.fetch(self._mine(self.order.take(rows, cross=True)))
 
     def sum_over_ranks(self, values: Mapping[str, float]) -> dict[str, float]:
         """Add up named numbers over all ranks."""
@@ -379,8 +381,10 @@ class Run:
         return self.folder.path
 
     def next_rows(self) -> list[Row]:
-        """Take this rank's share of the next global batch."""
-        return self._share(self.order.take(self.global_rows))
+        """Take this rank's share of the next global batch, and begin with those that come."""
+        indices = self.order.take(self.global_rows)
+        coming = self.order.ahead(self.global_rows, self.fetcher.batches) if self.fetcher.batches else []
+        return self.fetcher.fetch(self._mine(indices), [self._mine(batch) for batch in coming])
 
     def reduce_means(self, means: Mapping[str, Mean]) -> dict[str, Mean]:
         """Add metrics up over all ranks; one may be there on some ranks only."""
@@ -513,6 +517,7 @@ class Run:
         data = self._encode_data()
         self.train_rows, self.eval_rows, self.test_rows = data.train, data.eval, data.test
         self._train_lengths = row_lengths(data.train)
+        self.fetcher = Fetcher(data.train, self.config.train.dataloader_num_workers)
         self._load_models()
         optimizer = self.hooks.build_optimizer()
         self.backend.prepare(self.model, self.frozen, optimizer)
@@ -571,6 +576,20 @@ class Run:
         own = self._scorer(self.model)
         self.scorers: dict[str | None, Scorer] = {None: own, **dict.fromkeys(self.views, own)}
         self.scorers |= {name: self._scorer(model) for name, model in self.frozen.items()}
+        self.compiled = self._compile()
+
+    def _compile(self) -> bool:
+        """Compile the layers if the configuration asks for it; say why not, where it cannot be done."""
+        train = self.config.train
+        if not train.compiles:
+            return False
+        from llmtk.training.compiling import compile_layers
+
+        backend, mode = train.torch_compile_backend, train.torch_compile_mode
+        reason = compile_layers(self.model, self.scorers[None], self.gather, backend, mode)
+        if reason:
+            self.notify(f"train.torch_compile is left out, the model computes as without: {reason}")
+        return reason is None
 
     @property
     def _keeps_dropout(self) -> bool:
@@ -667,7 +686,7 @@ class Run:
         first = self.order.usual(0)[: LOOK_AHEAD * self.global_rows].tolist()
         for start in range(0, len(first), self.global_rows):
             indices = first[start : start + self.global_rows]
-            mine = share(indices, self._train_lengths, self.rank, self.world_size)
+            mine = self._mine(indices)
             sizes = [self.max_length] * len(mine) if self._train_lengths is None else self._train_lengths[mine].tolist()
             parts = cut_sizes(sizes, config.per_device_train_batch_size, config.micro_batch_tokens)
             most = max(most, len(parts))
@@ -803,7 +822,8 @@ class Run:
         if model is None:
 
             def policy(**inputs: Any) -> Any:
-                with keep_less(self.device, len(batch.tokens)), self._noise(batch, inputs):
+                # What is compiled chooses itself what to keep.
+                with keep_less(self.device, 0 if self.compiled else len(batch.tokens)), self._noise(batch, inputs):
                     output = self.backend.wrapped(**inputs)
                 self.router.hear(output, batch)
                 return output
@@ -831,11 +851,9 @@ class Run:
             return contextlib.nullcontext()
         return self.noise.on(batch, inputs)
 
-    def _share(self, indices: list[int]) -> list[Row]:
-        mine = share(indices, self._train_lengths, self.rank, self.world_size)
-        # `datasets` reads many rows in little more time than one.
-        fetch = getattr(self.train_rows, "__getitems__", None)
-        return fetch(mine) if fetch and mine else [self.train_rows[index] for index in mine]
+    def _mine(self, indices: list[int]) -> list[int]:
+        """Return this rank's part of a global batch."""
+        return share(indices, self._train_lengths, self.rank, self.world_size)
 
     def _encode(self, data: Any) -> Dataset:
         from llmtk.data import read_rows

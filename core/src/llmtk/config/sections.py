@@ -381,6 +381,13 @@ class TrainConfig(Section):
     """Compute in float16 with loss scaling."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    torch_compile: bool = False
+    """Compile the model's layers (torch.compile), where that is proven to give the same; the plan says whether, or why
+    not. Saves time on GPUs; the first steps take longer."""
+    torch_compile_backend: str | None = None
+    """Backend of torch.compile: inductor by default. Switches torch_compile on."""
+    torch_compile_mode: str | None = None
+    """Mode of torch.compile: default, reduce-overhead, max-autotune, ... Switches torch_compile on."""
     scoring: Literal["auto", "padded"] = "auto"
     """How log-probs are computed. `auto`: packed, without padding, where that is proven right on the model, else
     padded; the plan says which, and why. `padded`: the plain way in any case."""
@@ -403,6 +410,11 @@ class TrainConfig(Section):
     where they are cut by rows. The order is random still, but less so."""
     length_column_name: str = "length"
     """The column of the encoded rows that group_by_length goes by. `length`: a row's tokens."""
+    dataloader_num_workers: int = Field(0, ge=0)
+    """Threads that fetch the rows of coming batches while a step is computed. 0: rows are fetched when they are wanted.
+    Rows are tokens in memory already, so this pays for data sets of a stage's own that do more."""
+    dataloader_pin_memory: bool | None = None
+    """Copy batches through pinned memory, beside the device's work. By default where there is a CUDA device."""
     logging_steps: int = Field(10, ge=1)
     """Steps between two lines of metrics."""
     eval_strategy: Strategy = "epoch"
@@ -439,6 +451,11 @@ class TrainConfig(Section):
     """The run's name in trackers. By default the output folder's."""
     resume_from_checkpoint: str | None = None
     """A checkpoint's folder, or `auto` for the newest sound one. The same as --resume."""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether layers are compiled: a backend or a mode alone asks for it, as in TrainingArguments."""
+        return self.torch_compile or bool(self.torch_compile_backend or self.torch_compile_mode)
 
     @property
     def evaluates(self) -> bool:

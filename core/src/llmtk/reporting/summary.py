@@ -37,6 +37,7 @@ def plan_lines(run: Run) -> list[str]:
         f"compute    {plan.precision} on {plan.device}",
         f"memory     {_memory(run)}",
         "scoring    packed, proven on this model" if scorer.packed else f"scoring    padded: {scorer.why_padded}",
+        *(["compiled   the layers, proven on this model"] if run.compiled else []),
         *([f"plugins    {', '.join(plugins)} (the last is outermost)"] if plugins else []),
     ]
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from llmtk.batch import Batch
 from llmtk.config.sections import TrainConfig
 from llmtk.errors import ConfigurationError
 
@@ -44,6 +45,7 @@ class Backend:
     def __init__(self, config: TrainConfig, project_dir: str | None = None) -> None:
         self.precision, self.why_precision = choose_precision(config)
         _check_ddp_backend(config.ddp_backend)
+        self.pins_memory = _pins_memory(config)
         # Accelerate keeps the precision in a state shared by the process, which a second run would inherit.
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
@@ -113,6 +115,10 @@ class Backend:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which models that Accelerate did not wrap compute."""
         return self.accelerator.autocast()  # type: ignore[no-any-return]
+
+    def to_device(self, batch: Batch) -> Batch:
+        """Return a batch on the device; through pinned memory, the copy need not be waited for."""
+        return (batch.pin_memory() if self.pins_memory else batch).to(self.device)
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Return the context of one forward and backward; gradients are synchronised in the last one only."""
@@ -198,6 +204,15 @@ def _leave() -> None:
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _pins_memory(config: TrainConfig) -> bool:
+    """Say whether batches go through pinned memory. ConfigurationError where there is nothing to copy to."""
+    if config.dataloader_pin_memory and not torch.cuda.is_available():
+        raise ConfigurationError(
+            "train.dataloader_pin_memory: batches are pinned for copies to a CUDA device; none is here. Leave it out"
+        )
+    return torch.cuda.is_available() if config.dataloader_pin_memory is None else config.dataloader_pin_memory
 
 
 def _check_ddp_backend(name: str | None) -> None:

@@ -62,7 +62,7 @@ def cut_window(window: Batch, backend: Backend, *, rows: int, tokens: int | None
     if spare is not None:
         parts += [replace(spare, counts=False)] * (wanted - len(parts))
     return Cut(
-        parts=[replace(part, batch=part.batch.to(backend.device)) for part in parts],
+        parts=[replace(part, batch=backend.to_device(part.batch)) for part in parts],
         totals=add_up(rank["weights"] for rank in everyone),
         groups=sum(rank["groups"] for rank in everyone),
         tokens=sum(rank["tokens"] for rank in everyone),

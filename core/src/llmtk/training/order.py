@@ -85,8 +85,13 @@ class RowOrder:
         return taken
 
     def ahead(self, count: int, batches: int) -> list[list[int]]:
-        """Return the next global batches without taking them: so many of `count` rows, but none of another epoch."""
-        at, order = self.cursor.consumed, self._order_of(self.cursor.epoch)
+        """Return the next global batches without taking them: so many of `count` rows, but none of another epoch.
+
+        None of an epoch that is not begun either, whose order a plugin may not know yet.
+        """
+        if self._epoch_order is None or self._epoch_order[0] != self.cursor.epoch:
+            return []
+        at, order = self.cursor.consumed, self._epoch_order[1]
         starts = range(at, min(at + count * batches, self.rows), count)
         return [[int(index) for index in order[start : start + count]] for start in starts]
 
