@@ -101,6 +101,8 @@ TRAININGS = (
     "sgd",
     "adamw",
     "accumulated",
+    "sharded",
+    "sharded_adamw",
     "clipped",
     "unequal",
     "dealt",
@@ -132,6 +134,15 @@ def test_two_ranks_train_as_one_does(answer: Answers, check: str) -> None:
     assert distance(by_kind(two["weights"]), by_kind(one["weights"])) < 1e-6
     for mine, theirs in zip(two["metrics"], one["metrics"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_sharded_run_goes_on_to_the_bit_and_its_export_is_whole(answer: Answers, kind: str) -> None:
+    for rank in (0, 1):
+        found = answer("sharded_goes_on", 2, rank)[kind]
+        assert found["same"]
+        assert found["checkpoint"]
+        assert found["losses"][1] == pytest.approx(found["losses"][0], rel=1e-6)
 
 
 PREFERENCES = ("dpo", "dpo_transport", "dpo_moving", "ipo", "kto", "cpo", "simpo", "orpo", "rm", "precomputed")

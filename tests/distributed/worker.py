@@ -26,6 +26,7 @@ from llmtk_stage_sft import SupervisedFineTuning
 
 from llmtk import Batch, Group, LossOutput, Mean, Round, Run, Sequence, Term, hookimpl
 from llmtk.training import checkpoints
+from llmtk.training.sharding import whole
 
 TINY = {
     "model_type": "llama",
@@ -81,7 +82,8 @@ class Probe(SupervisedFineTuning):
 
         def keep(*_):
             if not self.gradient:
-                self.gradient = {n: p.grad.tolist() for n, p in run.model.named_parameters() if p.grad is not None}
+                gradients = {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None}
+                self.gradient = {name: gradient.tolist() for name, gradient in whole(gradients).items()}
 
         optimizer.register_step_pre_hook(keep)
         return optimizer
@@ -130,6 +132,7 @@ def make(
     peft: Any = None,
     resume: str | None = None,
     options: Any = None,
+    fsdp: Any = None,
     **train: Any,
 ) -> Run:
     """Make a run whose global batch is 8 rows, however many ranks there are."""
@@ -143,6 +146,7 @@ def make(
         peft=peft,
         plugins=[*((InOrder(len(data)),) if in_order else ()), *plugins],
         resume=resume,
+        fsdp=fsdp if world.size > 1 else None,
         output_dir=str(world.out / f"{name}-{world.size}"),
         train=settings | train,
         **({stage: options} if isinstance(stage, str) else {}),
@@ -154,7 +158,8 @@ def make(
 
 
 def weights(run: Run) -> Answer:
-    return {name: parameter.tolist() for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    trained = {name: parameter.detach() for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    return {name: parameter.tolist() for name, parameter in whole(trained).items()}
 
 
 def trained(run: Run) -> Answer:
@@ -206,6 +211,35 @@ def adamw(world: World) -> Answer:
 def accumulated(world: World) -> Answer:
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // world.size}
     return trained(make(world, "accumulated", **settings))
+
+
+def sharded(world: World) -> Answer:
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // world.size, "max_grad_norm": 0.5}
+    return trained(make(world, "sharded", fsdp={}, evaluation=rows(6), **settings))
+
+
+def sharded_adamw(world: World) -> Answer:
+    settings = {"optim": "adamw_torch_fused", "learning_rate": 1e-3, "adam_epsilon": 1e-5}
+    return trained(make(world, "sharded_adamw", fsdp={"reshard_after_forward": False}, **settings))
+
+
+def sharded_goes_on(world: World) -> Answer:
+    """Stop a sharded run with an adapter or without, go on, and read what was exported."""
+    answer = {}
+    for kind, peft in (("full", None), ("lora", {"r": 2})):
+        settings = {"fsdp": {}, "optim": "adamw_torch", "lr_scheduler_type": "constant", "learning_rate": 1e-3}
+        settings |= {"peft": peft, "model": str(world.out / f"base-{world.size}") if peft else None}
+        uncut = make(world, f"sharded_whole_{kind}", max_steps=4, **settings)
+        uncut.train()
+        make(world, f"sharded_parts_{kind}", max_steps=2, **settings).train()
+        parts = make(world, f"sharded_parts_{kind}", max_steps=4, resume="auto", **settings)
+        parts.train()
+        answer[kind] = {
+            "same": weights(parts) == weights(uncut),
+            "checkpoint": last_checkpoint(parts) == last_checkpoint(uncut),
+            "losses": [uncut.evaluate(rows(4))["loss"], Run.open(uncut.output_dir).evaluate(rows(4))["loss"]],
+        }
+    return answer
 
 
 def clipped(world: World) -> Answer:
@@ -762,6 +796,9 @@ CHECKS: list[Callable[[World], Answer]] = [
     sgd,
     adamw,
     accumulated,
+    sharded,
+    sharded_adamw,
+    sharded_goes_on,
     clipped,
     unequal,
     dealt,

@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "output_dir",
     "data.cache",
     "data.num_proc",
+    "fsdp",
     "samples",
     "train.num_train_epochs",
     "train.max_steps",

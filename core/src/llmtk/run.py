@@ -48,6 +48,7 @@ from llmtk.training.order import Lengths, RowOrder, grouped_by_length, row_lengt
 from llmtk.training.precompute import Precomputed, precompute
 from llmtk.training.randomness import Randomness
 from llmtk.training.router import RouterLoss
+from llmtk.training.sharding import check_parallelism
 from llmtk.training.signals import first_signal
 from llmtk.training.state import TrainState
 from llmtk.training.stream import StreamedRows, check_streaming
@@ -131,6 +132,7 @@ class Run:
         self._signal: int | None = None
         self._said: set[str] = set()
         self._speed = Speed()
+        self.whole_weights: dict[str, Tensor] | None = None
         self.precomputed: Precomputed | None = None
         self.engine: Engine | None = None
         self._is_set_up = False
@@ -221,6 +223,7 @@ class Run:
     def save(self, path: str | Path) -> None:
         """Write the model as it is now, loadable with from_pretrained."""
         self._set_up()
+        self.whole_weights = self.backend.whole_weights()
         if self.backend.is_main:
             self.hooks.export_model(Path(path))
 
@@ -499,6 +502,7 @@ class Run:
         from llmtk.models.checks import check_model
         from llmtk.models.options import check_options
 
+        check_parallelism(self.config)
         self.stage.check(self)
         model, merges = self.config.model, self.config.train.merge_and_save
         check_model(model)
@@ -535,7 +539,8 @@ class Run:
 
     def _meet(self) -> None:
         """Make the backend, and check that all ranks run the same."""
-        self.backend = Backend(self.config.train, str(self.folder.path))
+        fsdp = self.config.fsdp if self.exported is None else None  # a finished run's model is opened whole
+        self.backend = Backend(self.config.train, str(self.folder.path), fsdp=fsdp)
         self.console.speaks = self.backend.is_main
         self.randomness = Randomness(self.config.train.seed, self.backend.rank)
         digest = manager.digest(manager.plugin_versions(self.manager))
@@ -788,6 +793,7 @@ class Run:
         return result
 
     def _write(self, result: Result) -> None:
+        self.whole_weights = self.backend.whole_weights()
         with self.backend.together("exporting the model", LlmtkError):
             if self.backend.is_main:
                 self.folder.finish(self, result)

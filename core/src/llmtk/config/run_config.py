@@ -18,6 +18,8 @@ from llmtk.config.reading import dotted, merge, to_yaml
 from llmtk.config.secrets import literal_secrets
 from llmtk.config.sections import (
     DataConfig,
+    DeepspeedConfig,
+    FsdpConfig,
     GenerationConfig,
     ModelConfig,
     PeftConfig,
@@ -56,6 +58,10 @@ class RunConfig(Section):
     """A parameter-efficient method in place of full training."""
     train: TrainConfig
     """The training loop."""
+    fsdp: FsdpConfig | None = None
+    """Shard the trained model over the ranks. `{}` for the usual settings."""
+    deepspeed: DeepspeedConfig | None = None
+    """Train under DeepSpeed."""
     options: Section
     """The stage's own options. In a file they stand under the stage's name."""
     samples: SamplesConfig

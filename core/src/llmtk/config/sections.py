@@ -287,6 +287,34 @@ class PeftConfig(Section):
         return self
 
 
+class FsdpConfig(Section):
+    """Shard the trained model over the ranks (PyTorch's FSDP2), in place of a copy of it on each."""
+
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer state in the host's memory: less on the device, and slower."""
+    reshard_after_forward: bool = True
+    """Let go of a layer's weights after its forward pass, and gather them again for the backward pass."""
+
+
+class DeepspeedConfig(Section):
+    """Train under DeepSpeed."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What is sharded: nothing, optimizer state, gradients too, weights too."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where optimizer state is kept, besides the device."""
+    offload_param: Literal["none", "cpu"] = "none"
+    """Where weights are kept, besides the device (zero_stage: 3)."""
+
+    @model_validator(mode="after")
+    def _stages_that_offload(self) -> DeepspeedConfig:
+        if self.offload_param != "none" and self.zero_stage != 3:
+            raise ValueError(f"offload_param needs zero_stage: 3; it is {self.zero_stage}")
+        if self.offload_optimizer != "none" and self.zero_stage < 1:
+            raise ValueError("offload_optimizer needs zero_stage: 1, 2 or 3; it is 0")
+        return self
+
+
 class SamplesConfig(Section):
     """Generated samples, written to `samples.jsonl` at each evaluation."""
 

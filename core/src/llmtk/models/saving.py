@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,7 @@ from llmtk.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmtk.models.loading import Head
@@ -41,6 +42,7 @@ def save_model(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     path: str | Path,
+    weights: dict[str, Tensor] | None = None,
     max_shard_size: str | None = None,
 ) -> None:
     """Write the model, or its adapter alone, with tokenizer, chat template and generation config.
@@ -50,7 +52,8 @@ def save_model(
     One with a head of one value loads with ``AutoModelForSequenceClassification``, an adapter on it with
     ``AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1)``.
 
-    A full model's weights are written to files of at most ``max_shard_size`` bytes (``2GB``), by default to one.
+    ``weights`` are the model's by name, where it holds parts of them alone. A full model's are written to files of at
+    most ``max_shard_size`` bytes (``2GB``), by default to one.
 
     Raises:
         OSError: The folder cannot be written.
@@ -62,9 +65,14 @@ def save_model(
         if isinstance(config.target_modules, set):  # written in an order that changes from process to process
             config.target_modules = sorted(config.target_modules)
     # An adapter kept as the reference is not what was trained.
-    how = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
+    how: dict[str, Any] = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
     with quietly():
-        model.save_pretrained(folder, **how, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
+        model.save_pretrained(
+            folder,
+            **how,
+            **({} if weights is None else {"state_dict": weights}),
+            **({"max_shard_size": max_shard_size} if max_shard_size else {}),
+        )
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

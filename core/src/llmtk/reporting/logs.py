@@ -41,7 +41,7 @@ class RunLog:
 
     def open(self, folder: Path) -> None:
         """Write what was logged so far, and whatever follows, behind what the folder's log has."""
-        file = logging.FileHandler(folder / FILE, encoding="utf-8")
+        file = _File(folder / FILE, encoding="utf-8")
         file.setFormatter(_Discreet("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._waiting.setTarget(file)
         self._waiting.flush()
@@ -61,6 +61,13 @@ class RunLog:
             logger.removeHandler(self._handler)
             logger.setLevel(level)
         self._handler.close()
+
+
+class _File(logging.FileHandler):
+    """Passes over a line that cannot be written: on a full disk, what the run must write is what says so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Print no traceback, as logging would."""
 
 
 class _Discreet(logging.Formatter):

@@ -20,15 +20,23 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llmtk.batch import Batch
-from llmtk.config.sections import TrainConfig
+from llmtk.config.sections import FsdpConfig, TrainConfig
 from llmtk.errors import ConfigurationError
+from llmtk.training.checkpoints import weights_of
+from llmtk.training.sharding import shard_with
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,9 @@ class StepResult:
 class Backend:
     """Prepares models, runs backward passes and steps, and lets ranks talk."""
 
-    def __init__(self, config: TrainConfig, project_dir: str | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, project_dir: str | None = None, *, fsdp: FsdpConfig | None = None
+    ) -> None:
         self.precision, self.why_precision = choose_precision(config)
         _check_ddp_backend(config.ddp_backend)
         self.pins_memory = _pins_memory(config)
@@ -62,6 +72,8 @@ class Backend:
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
+        if fsdp is not None:
+            shard_with(self.accelerator, fsdp)
         expected = int(os.environ.get("WORLD_SIZE", "1"))
         if self.world_size != expected:
             raise ConfigurationError(
@@ -92,6 +104,8 @@ class Backend:
 
     def prepare(self, root: nn.Module, frozen: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
         """Wrap the root and its optimizer; put frozen models beside them, in eval mode and without gradients."""
+        if optimizer.state and self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ConfigurationError(f"fsdp: {type(optimizer).__name__} has state of whole weights before the first step")
         self.root = root
         self.wrapped: nn.Module
         self.wrapped, self.optimizer = self.accelerator.prepare(root, optimizer)
@@ -116,13 +130,23 @@ class Backend:
         """Return the context in which models that Accelerate did not wrap compute."""
         return self.accelerator.autocast()  # type: ignore[no-any-return]
 
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """Return all weights of a sharded root, whole, on the main rank; None for a root that is not sharded.
+
+        All ranks must call it together.
+        """
+        if not self.forward_is_collective:
+            return None
+        return weights_of(self.root, frozen_too=True, keep=self.is_main)
+
     def to_device(self, batch: Batch) -> Batch:
         """Return a batch on the device; through pinned memory, the copy need not be waited for."""
         return (batch.pin_memory() if self.pins_memory else batch).to(self.device)
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Return the context of one forward and backward; gradients are synchronised in the last one only."""
-        if last or self.world_size == 1:
+        # A sharded model adds up shards of gradients: to wait for the last would keep whole ones.
+        if last or self.world_size == 1 or self.forward_is_collective:
             return contextlib.nullcontext()
         return self.accelerator.no_sync(self.wrapped)  # type: ignore[no-any-return]
 
@@ -132,7 +156,8 @@ class Backend:
 
     def step(self, max_norm: float, refused: str | None = None) -> StepResult:
         """Clip, and step unless it is refused or the gradient is not finite. Gradients are cleared either way."""
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters, max_norm or math.inf))
+        norm = self.accelerator.clip_grad_norm_(self.parameters, max_norm or math.inf)
+        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         skipped = refused
         if skipped is None and not math.isfinite(grad_norm):
             skipped = "fp16 overflow" if self.precision == "fp16" else "the gradient is not finite"

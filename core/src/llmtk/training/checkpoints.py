@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmtk.errors import CheckpointError
+from llmtk.training.sharding import like, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,7 +129,12 @@ def remove_later(folder: Path, step: int) -> list[Path]:
 
 def save_weights(file: Path, root: nn.Module, *, frozen_too: bool = False) -> None:
     """Write the trained parameters and the persistent buffers. What is frozen is loaded from where it came from."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in _kept(root, frozen_too).items()}, file)
+    write_tensors(file, weights_of(root, frozen_too=frozen_too))
+
+
+def weights_of(root: nn.Module, *, frozen_too: bool = False, keep: bool = True) -> dict[str, Tensor]:
+    """Return what `save_weights` writes. Of a sharded model, all ranks must call it together; some may keep nothing."""
+    return whole({name: tensor.detach().contiguous() for name, tensor in _kept(root, frozen_too).items()}, keep)
 
 
 def load_weights(file: Path, root: nn.Module, *, frozen_too: bool = False) -> None:
@@ -141,7 +147,7 @@ def load_weights(file: Path, root: nn.Module, *, frozen_too: bool = False) -> No
         _check_alike(file, name, saved[name], tensor)
     with torch.no_grad():
         for name, tensor in kept.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(like(saved[name], tensor))
 
 
 def save_optimizer(file: Path, root: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -149,6 +155,15 @@ def save_optimizer(file: Path, root: nn.Module, optimizer: torch.optim.Optimizer
 
     CheckpointError for state that is neither: nothing is ever pickled.
     """
+    tensors, rest = optimizer_of(root, optimizer)
+    write_tensors(file, tensors)
+    return rest
+
+
+def optimizer_of(
+    root: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what `save_optimizer` writes and returns. As `weights_of`, for all ranks of a sharded model together."""
     names = _parameter_names(root)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
@@ -170,8 +185,7 @@ def save_optimizer(file: Path, root: nn.Module, optimizer: torch.optim.Optimizer
         raise CheckpointError(
             f"{type(optimizer).__name__} keeps what no checkpoint can hold, neither tensor nor number: {error}"
         ) from error
-    save_file(_apart(tensors), file)
-    return rest
+    return whole(tensors, keep), rest
 
 
 def load_optimizer(file: Path, root: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
@@ -201,9 +215,20 @@ def load_optimizer(file: Path, root: nn.Module, optimizer: torch.optim.Optimizer
         parameter = by_name[name]
         # As torch does: the step counter lives on the CPU unless a fused kernel reads it.
         stays = key == "step" and not on_device[id(parameter)]
-        optimizer.state[parameter][key] = tensor if stays else tensor.to(parameter.device)
+        optimizer.state[parameter][key] = tensor if stays else like(tensor.to(parameter.device), parameter)
     for name, values in saved["numbers"].items():
         optimizer.state[by_name[name]] |= values
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name. Of those that share memory, as the tables of 8-bit states do, each is written by itself."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    save_file(apart, file)
 
 
 def save_rank(folder: Path, rank: int, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
@@ -246,17 +271,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds no JSON object")
     return value
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that share memory, as the tables of 8-bit states do: a safetensors file has each by itself."""
-    seen: set[int] = set()
-    apart = {}
-    for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    return apart
 
 
 def _remove(path: Path) -> None:

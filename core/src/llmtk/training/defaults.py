@@ -206,10 +206,10 @@ def export_model(view: RunView, path: Path) -> None:
 
     run = cast("Run", view)
     if not run.config.train.merge_and_save:
-        save_model(run.model, run.tokenizer, path)
+        save_model(run.model, run.tokenizer, path, run.whole_weights)
         return
     adapter = path / ADAPTER
-    save_model(run.model, run.tokenizer, adapter)
+    save_model(run.model, run.tokenizer, adapter, run.whole_weights)
     save_merged(adapter, path, run.config.model)
     base = "its base as that was before it was quantised" if run.config.model.quantization else "its base"
     run.notify(f"{path} has the adapter merged into {base}; {adapter} has the adapter alone")

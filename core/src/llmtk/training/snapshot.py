@@ -29,10 +29,11 @@ def save(run: Run) -> Path:
     with _together(run, "making room for a checkpoint"):
         if backend.is_main:
             checkpoints.begin(run.checkpoints, run.state.step)
+    weights, optimizer = _gathered(run)
     with _together(run, f"writing {path}"):
         _write_rank(run, aside)
         if backend.is_main:
-            _write_shared(run, aside)
+            _write_shared(run, aside, weights, *optimizer)
     with _together(run, f"finishing {path}"):
         if backend.is_main:
             checkpoints.commit(aside, path)
@@ -86,11 +87,23 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _write_shared(run: Run, folder: Path) -> None:
-    checkpoints.save_weights(folder / "weights.safetensors", run.model)
+def _gathered(run: Run) -> tuple[dict[str, torch.Tensor], tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+    """Return weights and optimizer state, whole on the main rank: no rank waits for one whose disk is full."""
+    keep = run.backend.is_main
+    return checkpoints.weights_of(run.model, keep=keep), checkpoints.optimizer_of(run.model, run.optimizer, keep=keep)
+
+
+def _write_shared(
+    run: Run,
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    state: dict[str, torch.Tensor],
+    optimizer: dict[str, Any],
+) -> None:
+    checkpoints.write_tensors(folder / "weights.safetensors", weights)
     for name in sorted(run.changing):
         checkpoints.save_weights(folder / f"frozen-{name}.safetensors", run.frozen[name], frozen_too=True)
-    optimizer = checkpoints.save_optimizer(folder / "optimizer.safetensors", run.model, run.optimizer)
+    checkpoints.write_tensors(folder / "optimizer.safetensors", state)
     scaler = run.backend.accelerator.scaler
     saved = {
         "state": run.state.to_json(),

@@ -1,0 +1,107 @@
+"""Sharded training: each rank holds a part of every weight, of its gradient and of its optimizer state.
+
+It is PyTorch's FSDP2, set up by Accelerate. What is written to disk is whole, so that a run goes on, and a model loads,
+with any number of ranks, sharded or not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from llmtk.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from llmtk.config.run_config import RunConfig
+    from llmtk.config.sections import FsdpConfig, TrainConfig
+
+OPTIMIZERS = frozenset({"adamw_torch_fused", "adamw_torch", "adam", "sgd"})
+"""Those that look at each weight by itself, so that a part of a matrix is updated as the whole would be."""
+
+
+def check_parallelism(config: RunConfig) -> None:
+    """Refuse the sections `fsdp` and `deepspeed` where they cannot be followed, before anything is loaded."""
+    if config.deepspeed is not None:
+        raise ConfigurationError(
+            "deepspeed: runs under DeepSpeed are not supported yet: it clips, steps and refuses steps by itself, and its "
+            "optimizer state cannot be kept by parameter name. `fsdp: {}` shards weights, gradients and optimizer state "
+            "as zero_stage 3 does, with cpu_offload in place of offload_optimizer and offload_param"
+        )
+    if config.fsdp is not None:
+        check_fsdp(config.fsdp, config.train, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def check_fsdp(fsdp: FsdpConfig, config: TrainConfig, ranks: int) -> None:
+    """Refuse what cannot be sharded. ConfigurationError says what to do instead."""
+    if ranks == 1:
+        raise ConfigurationError(
+            "fsdp shards a model over several processes, and this is one. Start with torchrun --nproc-per-node N "
+            "-m llmtk run, or leave it out"
+        )
+    if fsdp.cpu_offload and not torch.accelerator.is_available():
+        raise ConfigurationError("fsdp.cpu_offload frees a device's memory, and there is no device here. Leave it out")
+    if config.optim not in OPTIMIZERS:
+        raise ConfigurationError(
+            f"train.optim: {config.optim} looks at whole matrices, or was not tried on parts of them; "
+            f"with fsdp choose one of {', '.join(sorted(OPTIMIZERS))}"
+        )
+    asked = {
+        "fp16": config.fp16,
+        "torch_compile": config.compiles,
+        "precompute_reference": config.precompute_reference,
+        "neftune_noise_alpha": config.neftune_noise_alpha is not None,
+    }
+    for key, wanted in asked.items():
+        if wanted:
+            raise ConfigurationError(f"train.{key} does not go together with fsdp yet; leave one of them out")
+
+
+def shard_with(accelerator: Accelerator, fsdp: FsdpConfig) -> None:
+    """Let an Accelerator prepare models by FSDP2.
+
+    Not by its own argument: on a CPU, Accelerate 1.15 would pass over that in silence, and FSDP2 runs there as well.
+    """
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    plugin: Any = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=fsdp.reshard_after_forward,
+        cpu_offload=fsdp.cpu_offload,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=False,
+    )
+    state: Any = accelerator.state
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = plugin
+
+
+def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Return tensors as they are, and sharded ones whole, on the CPU, on the ranks that keep them.
+
+    All ranks must call it together, with the same names in the same order.
+    """
+    gathered = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            gathered[name] = tensor
+            continue
+        full = tensor.full_tensor()
+        if keep:
+            gathered[name] = full.cpu()
+    return gathered
+
+
+def like(tensor: Tensor, wanted: Tensor) -> Tensor:
+    """Return a whole tensor as the part of it that this rank holds, if it belongs to a sharded one of its shape."""
+    if not isinstance(wanted, DTensor) or tensor.shape != wanted.shape:
+        return tensor
+    return distribute_tensor(tensor.to(wanted.device), wanted.device_mesh, wanted.placements)
