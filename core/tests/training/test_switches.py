@@ -202,3 +202,54 @@ def test_seeds_draw_the_weights_and_the_order_apart(tmp_path):
     assert torch.equal(drawn[0], drawn[2])
     assert not torch.equal(drawn[0], drawn[1])
     assert len(lines(first)) == 3
+
+
+# What had no test of its own
+
+
+class CountsEvaluations(Lm):
+    """Counts the rows of each micro-batch of an evaluation."""
+
+    def evaluate_batch(self, run, batch):
+        self.rows = [*getattr(self, "rows", []), len(batch)]
+        return super().evaluate_batch(run, batch)
+
+
+@pytest.mark.parametrize(("size", "rows"), [(1, [1, 1, 1]), (2, [2, 1]), (8, [3])])
+def test_evaluations_have_micro_batches_of_their_own_size(tmp_path, size, rows):
+    run = make(tmp_path / "run", CountsEvaluations, eval=EVAL, max_steps=1, per_device_eval_batch_size=size)
+    run.train()
+    assert run.stage.rows == rows
+
+
+@pytest.mark.parametrize(
+    ("saving", "steps"),
+    [
+        ({"save_strategy": "epoch"}, [3, 6, 7]),
+        ({"save_strategy": "steps", "save_steps": 2}, [2, 4, 6, 7]),
+        ({"save_strategy": "no"}, [7]),
+        ({"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}, [6, 7]),
+    ],
+    ids=["epoch", "steps", "no", "few"],
+)
+def test_checkpoints_are_written_when_it_is_asked(tmp_path, saving, steps):
+    run = make(tmp_path / "run", max_steps=7, **saving)
+    run.train()
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [f"checkpoint-{step:06d}" for step in steps]
+
+
+@pytest.mark.parametrize("which", ["auto", "path"])
+def test_resume_from_checkpoint_is_the_same_as_resume(tmp_path, which):
+    make(tmp_path / "run", max_steps=2, logging_steps=1).train()
+    name = str(tmp_path / "run" / "checkpoints" / "checkpoint-000002") if which == "path" else which
+    run = make(tmp_path / "run", max_steps=3, logging_steps=1, resume_from_checkpoint=name)
+    assert run.train().steps == 3
+    assert [line["step"] for line in lines(run)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("settings", "name"), [({"run_name": "trial"}, "trial"), ({}, "run")])
+def test_trackers_know_the_run_by_its_name(tmp_path, settings, name):
+    run = make(tmp_path / "run", report_to=["tensorboard"], max_steps=1, **settings)
+    run.train()
+    (file,) = run.output_dir.rglob("events.out.tfevents*")
+    assert name in file.relative_to(run.output_dir).parts
