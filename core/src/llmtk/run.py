@@ -41,10 +41,10 @@ from llmtk.training.evaluation import eval_mode, evaluate
 from llmtk.training.events import Evaluation, Plan
 from llmtk.training.fetching import Fetcher
 from llmtk.training.loop import Interrupted
-from llmtk.training.memory import estimate
-from llmtk.training.micro_batches import cut_sizes, cut_window
+from llmtk.training.micro_batches import cut_window
 from llmtk.training.neftune import EmbeddingNoise
-from llmtk.training.order import Lengths, RowOrder, grouped_by_length, row_lengths, share
+from llmtk.training.order import row_lengths, row_order, share
+from llmtk.training.planning import make_plan
 from llmtk.training.precompute import Precomputed, precompute
 from llmtk.training.randomness import Randomness
 from llmtk.training.router import RouterLoss
@@ -63,8 +63,6 @@ if TYPE_CHECKING:
 __all__ = ["Interrupted", "Result", "Run", "evaluate_run"]
 
 Answer = TypeVar("Answer")
-LOOK_AHEAD = 8
-"""Steps that the plan looks at."""
 
 
 @dataclass(frozen=True)
@@ -350,7 +348,7 @@ class Run:
     def draw(self, rows: int) -> list[Row]:
         """Take this rank's share of `rows` more rows of the training data. All ranks must call it together."""
         assert self.model.training, "run.draw takes training rows: an evaluation must leave them where they are"
-        return self.fetcher.fetch(self._mine(self.order.take(rows, cross=True)))
+        return self.fetcher.fetch(self.mine(self.order.take(rows, cross=True)))
 
     def sum_over_ranks(self, values: Mapping[str, float]) -> dict[str, float]:
         """Add up named numbers over all ranks."""
@@ -387,7 +385,11 @@ class Run:
         """Take this rank's share of the next global batch, and begin with those that come."""
         indices = self.order.take(self.global_rows)
         coming = self.order.ahead(self.global_rows, self.fetcher.batches) if self.fetcher.batches else []
-        return self.fetcher.fetch(self._mine(indices), [self._mine(batch) for batch in coming])
+        return self.fetcher.fetch(self.mine(indices), [self.mine(batch) for batch in coming])
+
+    def mine(self, indices: list[int]) -> list[int]:
+        """Return this rank's part of a global batch."""
+        return share(indices, self.train_lengths, self.rank, self.world_size)
 
     def reduce_means(self, means: Mapping[str, Mean]) -> dict[str, Mean]:
         """Add metrics up over all ranks; one may be there on some ranks only."""
@@ -520,14 +522,14 @@ class Run:
         self._check_evaluation()
         data = self._encode_data()
         self.train_rows, self.eval_rows, self.test_rows = data.train, data.eval, data.test
-        self._train_lengths = row_lengths(data.train)
+        self.train_lengths = row_lengths(data.train)
         self.fetcher = Fetcher(data.train, self.config.train.dataloader_num_workers)
         self._load_models()
         optimizer = self.hooks.build_optimizer()
         self.backend.prepare(self.model, self.frozen, optimizer)
         self.optimizer = optimizer
-        self.order = self._row_order(data)
-        self.plan = self._make_plan()
+        self.order = row_order(self.config, data, self.data_seed, self.global_rows, self.hooks)
+        self.plan = make_plan(self)
         self.scheduler = optimizers.build_scheduler(optimizer, self.config.train, self.plan.max_steps)
         self._schedule_waits = optimizers.waits_for_evaluation(self.config.train)
 
@@ -586,7 +588,7 @@ class Run:
     def _compile(self) -> bool:
         """Compile the layers if the configuration asks for it; say why not, where it cannot be done."""
         train = self.config.train
-        if not train.compiles:
+        if not train.compiles or self.exported is not None:
             return False
         from llmtk.training.compiling import compile_layers
 
@@ -611,92 +613,6 @@ class Run:
         model.to(self.device)
         forced = "train.scoring" if self.config.train.scoring == "padded" else ""
         return scoring.choose(model, self.gather, forced)
-
-    def _row_order(self, data: Data) -> RowOrder | StreamedRows:
-        """Return the order of the training rows. ConfigurationError where nobody can order them as is asked."""
-        cannot = "a stream" if self.config.data.streaming else "sources with weights" if data.mixture else None
-        plugin = self.hooks.answered("order_examples")
-        if cannot and plugin:
-            raise ConfigurationError(
-                f"data.train: a plugin orders the rows of this run (order_examples), and {cannot} cannot be ordered. "
-                "Leave one of them out"
-            )
-        by_length = self.config.train.group_by_length
-        if by_length and plugin:
-            raise ConfigurationError("train.group_by_length: a plugin orders the rows of this run; leave one of them out")
-        if isinstance(data.train, StreamedRows):
-            if by_length:
-                raise ConfigurationError("train.group_by_length: a stream cannot be grouped; leave one of them out")
-            return data.train
-        order = (len(data.train), self.data_seed, self.hooks.order_examples)
-        if not by_length:
-            return RowOrder(*order, mixture=data.mixture)
-        lengths = self._lengths_to_group_by(data)
-        return RowOrder(
-            *order, mixture=data.mixture, arrange=lambda usual: grouped_by_length(usual, lengths, self.global_rows)
-        )
-
-    def _lengths_to_group_by(self, data: Data) -> Lengths:
-        column = self.config.train.length_column_name
-        lengths = row_lengths(data.train, column)
-        if lengths is None:
-            has = ", ".join(getattr(data.train, "column_names", ())) or "none"
-            raise ConfigurationError(
-                f"train.group_by_length: the rows of stage {self.stage_name} have no column {column!r}; they have {has}. "
-                f"Where all rows are equally long, as blocks of text are, leave it out"
-            )
-        return lengths
-
-    def _make_plan(self) -> Plan:
-        from llmtk.models.loading import parameter_counts
-
-        config = self.config.train
-        windows = self.stage.windows_per_round
-        per_epoch = -(-self.order.rows // self.global_rows) * windows
-        epochs = -(-per_epoch * config.num_train_epochs // 1)
-        steps = config.max_steps if config.max_steps > 0 else int(epochs)
-        trained, total = parameter_counts(self.model)
-        micro_batches, tokens = self._first_micro_batches()
-        return Plan(
-            stage=self.stage_name,
-            max_steps=steps,
-            steps_per_epoch=per_epoch,
-            train_rows=len(self.train_rows),
-            eval_rows=len(self.eval_rows) if self.eval_rows is not None else 0,
-            global_batch=self.global_rows,
-            micro_batches=micro_batches,
-            warmup_steps=optimizers.warmup_steps(config, steps),
-            trainable_parameters=trained,
-            total_parameters=total,
-            precision=f"{str(self.backend.compute_dtype).removeprefix('torch.')} ({self.backend.why_precision})",
-            device=f"{self.device.type} x {self.world_size}",
-            facts=self.hooks.extra_run_info(),
-            memory=estimate(
-                self.model,
-                self.frozen,
-                self.optimizer,
-                config,
-                self.backend.compute_dtype,
-                tokens,
-                self.scorers[None].packed,
-            ),
-        )
-
-    def _first_micro_batches(self) -> tuple[int, int]:
-        """Return into how many micro-batches a rank cuts a step, and the tokens of the largest, over the first steps.
-
-        From the rows' lengths alone: what a stage makes of a row, such as completions, is not counted.
-        """
-        config, most, largest = self.config.train, 1, 1
-        first = self.order.usual(0)[: LOOK_AHEAD * self.global_rows].tolist()
-        for start in range(0, len(first), self.global_rows):
-            indices = first[start : start + self.global_rows]
-            mine = self._mine(indices)
-            sizes = [self.max_length] * len(mine) if self._train_lengths is None else self._train_lengths[mine].tolist()
-            parts = cut_sizes(sizes, config.per_device_train_batch_size, config.micro_batch_tokens)
-            most = max(most, len(parts))
-            largest = max([largest, *map(sum, parts)])
-        return most, largest
 
     def _check_evaluation(self) -> None:
         """Refuse options that need evaluations where there are none."""
@@ -735,11 +651,11 @@ class Run:
             self.log.open(self.folder.path)
         checkpoint = self.folder.checkpoint_to_resume(self.backend, self.notify)
         summary.say_plan(self, checkpoint)
+        if self.config.train.report_to:
+            self.backend.accelerator.init_trackers(config.run_name or self.output_dir.name)
         if not config.do_train:
             return self._evaluate_alone()
         before = self._measure() if self.demo and checkpoint is None else None
-        if self.config.train.report_to:
-            self.backend.accelerator.init_trackers(config.run_name or self.output_dir.name)
         if checkpoint is not None:
             snapshot.restore(self, checkpoint)
             self.saved_step = self.state.step
@@ -856,10 +772,6 @@ class Run:
         if self.noise is None or not (self.model.training and torch.is_grad_enabled()):
             return contextlib.nullcontext()
         return self.noise.on(batch, inputs)
-
-    def _mine(self, indices: list[int]) -> list[int]:
-        """Return this rank's part of a global batch."""
-        return share(indices, self._train_lengths, self.rank, self.world_size)
 
     def _encode(self, data: Any) -> Dataset:
         from llmtk.data import read_rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import asdict
 
 import click
 
@@ -26,14 +27,16 @@ def command(words: tuple[str, ...], for_scripts: bool) -> None:
     Takes the words of `llmtk run`, and refuses what it would refuse. Data and model are loaded; nothing is written.
     """
     stage, layers = asked_for(words)
-    from llmtk.reporting.summary import as_data, plan_lines
+    from llmtk.reporting.summary import memory_line, plan_lines
     from llmtk.run import Run
+    from llmtk.training.memory import estimate
 
     run = Run.from_layers(stage, *layers)
     # What is said of the data while it is read is no part of the JSON.
     with contextlib.redirect_stdout(sys.stderr) if for_scripts else contextlib.nullcontext():
-        run.prepare()
+        plan, memory = run.prepare(), estimate(run)
     if for_scripts:
-        as_json(as_data(run.plan))
-    else:
-        click.echo("\n".join([*plan_lines(run), "Nothing was trained. To train: llmtk run with the same words"]))
+        as_json({**asdict(plan), "memory": {**asdict(memory), "total": memory.total}})
+        return
+    click.echo("\n".join([*plan_lines(run), memory_line(run, memory)]))
+    click.echo("Nothing was trained. To train: llmtk run with the same words")

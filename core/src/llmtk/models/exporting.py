@@ -61,9 +61,9 @@ def export(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         model, tokenizer = _loaded(source, merge=merge, dtype=dtype)
-        save_model(model, tokenizer, aside, max_shard_size)
+        save_model(model, tokenizer, aside, max_shard_size=max_shard_size)
         if quantize:
-            save_model(_quantized(model, aside, quantize), tokenizer, aside, max_shard_size)
+            save_model(_quantized(model, aside, quantize), tokenizer, aside, max_shard_size=max_shard_size)
         _write_card(source, aside, merged=merge)
         aside.rename(whole)
     except (OSError, SafetensorError) as error:

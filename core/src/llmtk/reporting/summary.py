@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
-
-from llmtk.training.memory import in_words
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from llmtk.run import Result, Run
-    from llmtk.training.events import Plan
+    from llmtk.training.memory import Memory
 
 
 def say_plan(run: Run, checkpoint: Path | None) -> None:
@@ -35,16 +33,10 @@ def plan_lines(run: Run) -> list[str]:
         f"data       {rows} to train on, {plan.eval_rows:,} to evaluate",
         *_steps(run),
         f"compute    {plan.precision} on {plan.device}",
-        f"memory     {_memory(run)}",
         "scoring    packed, proven on this model" if scorer.packed else f"scoring    padded: {scorer.why_padded}",
         *(["compiled   the layers, proven on this model"] if run.compiled else []),
         *([f"plugins    {', '.join(plugins)} (the last is outermost)"] if plugins else []),
     ]
-
-
-def as_data(plan: Plan) -> dict[str, Any]:
-    """Return a plan as JSON values, for scripts; memory in bytes."""
-    return {**asdict(plan), "memory": {**asdict(plan.memory), "total": plan.memory.total}}
 
 
 def _steps(run: Run) -> list[str]:
@@ -54,7 +46,8 @@ def _steps(run: Run) -> list[str]:
     cut = f"{plan.micro_batches} micro-batch{'es' * (plan.micro_batches > 1)} on each rank"
     if config.micro_batch_tokens:
         cut = f"about {cut}, of at most {config.micro_batch_tokens:,} tokens"
-    warmup = f", after {plan.warmup_steps:,} steps of warm-up" if plan.warmup_steps else ""
+    count = f"{plan.warmup_steps:,} step{'s' * (plan.warmup_steps > 1)}"
+    warmup = f", after {count} of warm-up" if plan.warmup_steps else ""
     epoch = f"; {plan.steps_per_epoch:,} make an epoch" if plan.steps_per_epoch else ""
     return [
         f"steps      {plan.max_steps:,}, each of {plan.global_batch} rows in {cut}{epoch}",
@@ -62,11 +55,13 @@ def _steps(run: Run) -> list[str]:
     ]
 
 
-def _memory(run: Run) -> str:
-    memory = run.plan.memory
+def memory_line(run: Run, memory: Memory) -> str:
+    """Return an estimate of the run's memory in words."""
+    from llmtk.training.memory import in_words
+
     parts = ", ".join(f"{name} {in_words(size)}" for name, size in asdict(memory).items() if size)
     written = " (completions not counted)" if "generation" in run.stage.needs else ""
-    return f"about {in_words(memory.total)} on each rank: {parts}{written}"
+    return f"memory     about {in_words(memory.total)} on each rank: {parts}{written}"
 
 
 def say_result(run: Run, result: Result) -> None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from llmtk.training.memory import Memory
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -22,12 +19,10 @@ class Plan:
     global_batch: int
     """Rows of an optimizer window, over all ranks."""
     micro_batches: int
-    """Micro-batches of a step on each rank, in the first steps, on the rank with most."""
+    """Micro-batches of a step on this rank, at most, over the first steps."""
     warmup_steps: int
     trainable_parameters: int
     total_parameters: int
-    memory: Memory
-    """An estimate, for each rank."""
     precision: str
     device: str
     facts: Mapping[str, Any]

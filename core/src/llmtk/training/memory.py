@@ -1,42 +1,46 @@
 """How much memory a run is going to take on each rank: an estimate, made before anything is trained.
 
-Weights, gradients and casts are counted; an optimizer's state is measured on a small matrix; what a forward pass keeps
-for its backward pass goes by Korthikanti et al. (arXiv 2205.05198, equation 1), 34 bytes for each token, layer and
-entry of the hidden state at 16 bits, without the attention scores, which fused attention does not keep.
+Weights and gradients are counted. An optimizer's state is measured on a small matrix. What a forward pass keeps for its
+backward pass is measured on two short sequences, and grows with their tokens in a line, as it does with fused attention.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
+
+from llmtk.batch import Batch, Group, Sequence
+from llmtk.training.compiling import layers_of
+from llmtk.training.evaluation import eval_mode
+from llmtk.training.planning import first_micro_batches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from llmtk.run import Run
 
-    from llmtk.config.sections import TrainConfig
-
-KEPT = 34
-"""Bytes that a layer keeps of each token and entry of the hidden state, computing at 16 bits."""
-KEPT_BY_CHECKPOINTING = 2
-"""The same where activations are computed again: the layer's input."""
+TOKENS = (16, 48)
+"""Lengths of the sequences on which a forward pass is measured."""
 SIDE = 256
 """Rows and columns of the matrix on which an optimizer's state is measured."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each rank, by what they are for."""
+    """Bytes on this rank, by what they are for."""
 
     weights: int
-    """The trained model and the frozen ones, and their casts to the type that is computed in."""
+    """The trained model and the frozen ones."""
     gradients: int
     optimizer: int
     activations: int
-    """What the largest micro-batch keeps between its forward and its backward pass."""
+    """What the largest micro-batch of the first steps keeps between its forward and its backward pass, casts of weights
+    among it. 0 where it is not known, as for a model that is no language model."""
 
     @property
     def total(self) -> int:
@@ -44,24 +48,15 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def estimate(
-    root: nn.Module,
-    frozen: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    compute_dtype: torch.dtype,
-    tokens: int,
-    packed: bool,
-) -> Memory:
-    """Estimate the memory of a run whose largest micro-batch has so many tokens."""
-    trained = [parameter for parameter in root.parameters() if parameter.requires_grad]
-    wide = [p for p in root.parameters() if p.is_floating_point() and p.itemsize > compute_dtype.itemsize]
-    frozen_weights = sum(_bytes(model.parameters()) for model in frozen.values())
+def estimate(run: Run) -> Memory:
+    """Estimate the memory of a run that is set up. All ranks must call it together."""
+    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    models = (run.model, *run.frozen.values())
     return Memory(
-        weights=_bytes(root.parameters()) + frozen_weights + sum(p.numel() for p in wide) * compute_dtype.itemsize,
+        weights=sum(_bytes(model.parameters()) for model in models),
         gradients=_bytes(trained),
-        optimizer=int(state_bytes(optimizer) * sum(parameter.numel() for parameter in trained)),
-        activations=_activations(root, config, compute_dtype, tokens, packed),
+        optimizer=int(state_bytes(run.optimizer) * sum(_local(parameter).numel() for parameter in trained)),
+        activations=_activations(run, tokens=first_micro_batches(run)[1]),
     )
 
 
@@ -77,10 +72,30 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> float:
     try:
         twin = kind([probe], **settings)  # type: ignore[arg-type]
         twin.step()
-    except Exception:  # an estimate must not end a run, whatever optimizer a stage builds
+    except Exception:  # whatever optimizer a stage builds, the rest of the estimate stands
         return 0.0
     kept = [value for value in twin.state[probe].values() if isinstance(value, torch.Tensor)]
     return _bytes(kept) / probe.numel()
+
+
+def kept_bytes(run: Run, tokens: int) -> int:
+    """Return the bytes that scoring one sequence keeps for its backward pass, the model's weights left out."""
+    sequence = Sequence([0] * tokens, [False] + [True] * (tokens - 1))
+    batch = Batch.collate([Group([sequence], {})]).to(run.device)
+    score = run.score if run.scorers[None].has_logits else run.values
+    found: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = _local(tensor).untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    # Without dropout, of which the run's generators would know, and without checkpointing.
+    with eval_mode(run.model), saved_tensors_hooks(keep, lambda tensor: tensor):
+        scores = score(batch)  # held on to, or a storage might be given out again
+    own = {_local(parameter).untyped_storage().data_ptr() for parameter in run.model.parameters()}
+    del scores
+    return sum(size for place, size in found.items() if place not in own)
 
 
 def in_words(size: float) -> str:
@@ -92,18 +107,26 @@ def in_words(size: float) -> str:
     return f"{size:,.1f} GiB"
 
 
-def _activations(root: nn.Module, config: TrainConfig, compute_dtype: torch.dtype, tokens: int, packed: bool) -> int:
-    settings: Any = getattr(root, "config", None)
-    if not hasattr(settings, "get_text_config"):  # no language model: its layers are not known
+def _activations(run: Run, tokens: int) -> int:
+    short, long = TOKENS
+    try:
+        few, many = (kept_bytes(run, count) for count in TOKENS)
+    except Exception:  # no language model: the rest of the estimate stands
         return 0
-    text = settings.get_text_config()
-    width, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
-    scale = compute_dtype.itemsize / 2
-    kept = KEPT_BY_CHECKPOINTING * layers + KEPT if config.gradient_checkpointing else KEPT * layers
-    # A padded forward keeps logits, and their gradient, in float32; the fused head goes by tiles.
-    logits = 0 if packed else 8 * text.vocab_size
-    return int(tokens * (width * kept * scale + logits))
+    kept = few + (many - few) / (long - short) * (tokens - short)
+    layers = len(layers_of(run.model))
+    if run.config.train.gradient_checkpointing and layers:
+        # Each layer's input, and one layer at a time anew.
+        model: Any = run.model
+        width = model.config.get_text_config().hidden_size
+        kept = kept / layers + layers * tokens * width * run.backend.compute_dtype.itemsize
+    return int(max(kept, 0))
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    return sum(_local(tensor).nbytes for tensor in tensors)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of a tensor that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -72,7 +72,8 @@ def cut_window(window: Batch, backend: Backend, *, rows: int, tokens: int | None
 def cut_sizes(sizes: Sequence[int], rows: int, tokens: int | None) -> list[list[int]]:
     """Cut groups of these sizes as `cut_window` would on one rank; return the sizes, part by part."""
     if tokens:
-        return [[sizes[group] for group in part] for part in pack(sizes, tokens)]
+        packed = pack(sizes, tokens)
+        return [[sizes[group] for group in part] for part in even_out(packed, sizes, len(packed))]
     return [list(sizes[start : start + rows]) for start in range(0, len(sizes), rows)]
 
 

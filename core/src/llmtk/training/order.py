@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from llmtk.errors import PluginError
+from llmtk.errors import ConfigurationError, PluginError
 from llmtk.training.balance import deal
 
 if TYPE_CHECKING:
-    from llmtk.contract import Dataset
+    from llmtk.config.run_config import RunConfig
+    from llmtk.config.sections import TrainConfig
+    from llmtk.contract import Data, Dataset
+    from llmtk.host.hooks import Hooks
+    from llmtk.training.stream import StreamedRows
 
 Order = Callable[[int], Sequence[int] | None]
 """An epoch's order as indices, or None for the usual one."""
@@ -138,6 +142,41 @@ def mixed(mixture: Mixture, seed: int, epoch: int) -> Any:
         parts.append(circle[np.arange(epoch * count, (epoch + 1) * count) % max(rows, 1)])
         start += rows
     return np.concatenate(parts)
+
+
+def row_order(config: RunConfig, data: Data, seed: int, batch: int, hooks: Hooks) -> RowOrder | StreamedRows:
+    """Return the order of a run's rows, in global batches of `batch`; a stream has its own.
+
+    ConfigurationError where nobody can order them as is asked: rows to be grouped by a length that they do not have, or
+    a plugin beside a stream, sources with weights or groups, which it would pass over.
+    """
+    others = {
+        "data.streaming": config.data.streaming,
+        "sources with weights (data.train)": bool(data.mixture),
+        "train.group_by_length": config.train.group_by_length,
+    }
+    asked = [name for name, given in others.items() if given]
+    if asked and hooks.answered("order_examples"):
+        raise ConfigurationError(f"{asked[0]}: a plugin orders the rows of this run; leave one of them out")
+    if config.data.streaming:
+        return cast("StreamedRows", data.train)
+    if not config.train.group_by_length:
+        return RowOrder(len(data.train), seed, hooks.order_examples, mixture=data.mixture)
+    lengths = _lengths_to_group_by(config.train, data.train)
+    return RowOrder(
+        len(data.train), seed, mixture=data.mixture, arrange=lambda usual: grouped_by_length(usual, lengths, batch)
+    )
+
+
+def _lengths_to_group_by(config: TrainConfig, rows: Dataset) -> Lengths:
+    lengths = row_lengths(rows, config.length_column_name)
+    if lengths is None:
+        has = ", ".join(getattr(rows, "column_names", ())) or "none"
+        raise ConfigurationError(
+            f"train.group_by_length: this run's rows have no column {config.length_column_name!r}; they have {has}. "
+            f"Where all rows are equally long, as blocks of text are, leave it out"
+        )
+    return lengths
 
 
 def grouped_by_length(order: Any, lengths: Lengths, batch: int) -> Any:

@@ -136,6 +136,8 @@ def check_streaming(run: Run) -> None:
         raise ConfigurationError("data.streaming needs train.max_steps: how long an epoch is is not known")
     needing = {
         "train.precompute_reference": config.train.precompute_reference,
+        "train.group_by_length": config.train.group_by_length,
+        "train.dataloader_num_workers": config.train.dataloader_num_workers > 0,
         "model.tokenizer, trained on the data,": not isinstance(config.model.tokenizer, str | None),
         f"stage {run.stage_name}": type(run.stage).build_data is not Stage.build_data,
     }
