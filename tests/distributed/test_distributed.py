@@ -142,7 +142,7 @@ def test_a_sharded_run_goes_on_to_the_bit_and_its_export_is_whole(answer: Answer
         found = answer("sharded_goes_on", 2, rank)[kind]
         assert found["same"]
         assert found["checkpoint"]
-        assert found["losses"][1] == pytest.approx(found["losses"][0], rel=1e-6)
+        assert found["exported"]
 
 
 PREFERENCES = ("dpo", "dpo_transport", "dpo_moving", "ipo", "kto", "cpo", "simpo", "orpo", "rm", "precomputed")

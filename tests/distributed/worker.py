@@ -24,9 +24,9 @@ import torch
 from llmtk_pref import demo_rows
 from llmtk_stage_sft import SupervisedFineTuning
 
-from llmtk import Batch, Group, LossOutput, Mean, Round, Run, Sequence, Term, hookimpl
+from llmtk import Batch, Group, LossOutput, Mean, Round, Run, Sequence, Term, hookimpl, load
 from llmtk.training import checkpoints
-from llmtk.training.sharding import whole
+from llmtk.training.sharding import in_shards, whole
 
 TINY = {
     "model_type": "llama",
@@ -158,7 +158,8 @@ def make(
 
 
 def weights(run: Run) -> Answer:
-    trained = {name: parameter.detach() for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    parameters = in_shards(run.model).named_parameters()
+    trained = {name: parameter.detach() for name, parameter in parameters if parameter.requires_grad}
     return {name: parameter.tolist() for name, parameter in whole(trained).items()}
 
 
@@ -237,9 +238,15 @@ def sharded_goes_on(world: World) -> Answer:
         answer[kind] = {
             "same": weights(parts) == weights(uncut),
             "checkpoint": last_checkpoint(parts) == last_checkpoint(uncut),
-            "losses": [uncut.evaluate(rows(4))["loss"], Run.open(uncut.output_dir).evaluate(rows(4))["loss"]],
+            "exported": exported(uncut) == weights(uncut),
         }
     return answer
+
+
+def exported(run: Run) -> Answer:
+    """Return the trained weights as anybody would load them."""
+    loaded = dict(load(str(run.output_dir))[0].named_parameters())
+    return {name: loaded[name].tolist() for name, parameter in run.model.named_parameters() if parameter.requires_grad}
 
 
 def clipped(world: World) -> Answer:

@@ -112,7 +112,7 @@ class Run:
         optimizers.check_optimizer(self.config.train)
         if self.folder.is_resumed and not self.config.train.do_train:
             raise ConfigurationError(
-                "train.do_train: false evaluates the model that is named; a run's own is evaluated by: llmtk evaluate RUN"
+                "train.do_train: false evaluates the model that is named. A run's own: llmtk evaluate RUN"
             )
 
         self.stage = stage if isinstance(stage, Stage) else stage_class(self.config.options)
@@ -125,6 +125,7 @@ class Run:
         self.state = TrainState()
         self.saved_step = -1
         self.tokenizer: PreTrainedTokenizerBase
+        self.fetcher: Fetcher
         self.exported: Path | None = None
         self.opened: nn.Module | None = None
         self._signal: int | None = None

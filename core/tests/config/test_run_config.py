@@ -93,7 +93,7 @@ def test_an_empty_section_is_one_with_every_line_commented_out() -> None:
         ({"trian": {}}, "trian: unknown key. Did you mean train?"),
         ({"toy": {"los": "nll"}}, "toy.los: unknown key. Did you mean toy.loss?"),
         ({"toy": {"qqq": 1}}, "toy.qqq: unknown key. The keys here are loss, beta, names, tau."),
-        ({"grpo": {}}, "grpo: unknown key. The keys here are stage, model, data, peft, train, toy, samples"),
+        ({"grpo": {}}, "grpo: unknown key. The keys here are stage, model, data, peft, train, fsdp, deepspeed, toy"),
         ({"options": {}}, "options: unknown key."),
         ({1: 2}, "1: expected text as a key, got 1"),
         ({"train": {"learning_rate": "fast"}}, 'train.learning_rate: expected a number, got "fast"'),

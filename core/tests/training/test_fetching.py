@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import chain
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from llmtk.training.fetching import Fetcher
 from llmtk.training.order import RowOrder
 
 from .kit import Lm, assert_same_run, make
-from .test_resume import Draws, GPT2_DROPOUT
+from .test_resume import GPT2_DROPOUT, Draws
 
 
 class Watched:
@@ -76,7 +77,7 @@ def test_the_order_looks_ahead_within_an_epoch_that_is_begun():
     ahead = order.ahead(4, 5)
     assert [len(batch) for batch in ahead] == [4, 2]
     assert [order.take(4), order.take(4)] == ahead
-    assert sorted(first + sum(ahead, [])) == list(range(10))
+    assert sorted([*first, *chain(*ahead)]) == list(range(10))
     assert order.ahead(4, 2) == []
     assert asked == [0]
 

@@ -32,6 +32,9 @@ class Rank:
     def broadcast(self, value, source=0):
         return self.gather(value)[source]
 
+    def to_device(self, batch):
+        return batch.to(self.device)
+
 
 def on_ranks(function, ranks):
     """Run `function(backend)` on each rank; a rank that does not come to a collective call fails them all."""

@@ -45,7 +45,7 @@ def noise_on(model, batch, way):
 
     way.score(root, batch)
     ((ids, embedded),) = seen
-    return ids, embedded - embeddings.weight[ids]
+    return ids, embedded - embeddings.weight.detach()[ids]
 
 
 @pytest.mark.parametrize("way", [padded, packed])
@@ -53,7 +53,7 @@ def test_noise_is_scaled_by_each_sequences_own_length(model, way):
     if way is packed:
         packed.patch(model)
     batch = Batch.collate([behind(length) for length in LENGTHS])
-    ids, noise = noise_on(model, batch, way)
+    _, noise = noise_on(model, batch, way)
     width = noise.shape[-1]
     rows = noise if way is padded else torch.split(noise[0], [length - 1 for length in LENGTHS])
     for row, length in zip(rows, LENGTHS, strict=True):
@@ -67,7 +67,7 @@ def test_noise_is_scaled_by_each_sequences_own_length(model, way):
 def test_a_shared_prefix_has_the_noise_of_the_longest_behind_it(model):
     packed.patch(model)
     batch = Batch.collate([behind(4, 20, prefix=list(range(10)))])
-    ids, noise = noise_on(model, batch, packed)
+    _, noise = noise_on(model, batch, packed)
     width = noise.shape[-1]
     for part, length in zip(torch.split(noise[0], [10, 3, 19]), (30, 14, 30), strict=True):
         assert 0.9 < float(part.abs().max()) / (ALPHA / math.sqrt(length * width)) <= 1 + 1e-4

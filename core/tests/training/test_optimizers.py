@@ -237,7 +237,7 @@ def test_arguments_may_be_written_as_for_transformers():
 
 
 def test_muon_on_a_vector_is_refused_in_its_own_words(tmp_path):
-    with pytest.raises(ConfigurationError, match="muon cannot be set up: .*2D"):
+    with pytest.raises(ConfigurationError, match=r"muon cannot be set up: .*2D"):
         bowl(tmp_path / "run", "sgd", optim="muon", optim_args={}, weight_decay=0.0).train()
 
 

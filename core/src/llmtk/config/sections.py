@@ -422,8 +422,8 @@ class TrainConfig(Section):
     label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
     """Share of the target's weight that is spread over the vocabulary (stages that declare it)."""
     neftune_noise_alpha: float | None = Field(None, gt=0)
-    """Noise on the embeddings in training (arXiv 2310.05914), uniform in +-alpha / sqrt(L d), L being the sequence's own
-    length and d the width of the model (stages that declare it)."""
+    """Noise on the embeddings in training (arXiv 2310.05914), uniform in +-alpha / sqrt(L d), L being the sequence's
+    own length and d the width of the model (stages that declare it)."""
     precompute_reference: bool = False
     """Compute the reference's log-probs once, before training, and keep them on disk under a hash of model and data:
     no second model, no second forward (stages that declare it)."""

@@ -50,9 +50,7 @@ class StepResult:
 class Backend:
     """Prepares models, runs backward passes and steps, and lets ranks talk."""
 
-    def __init__(
-        self, config: TrainConfig, project_dir: str | None = None, *, fsdp: FsdpConfig | None = None
-    ) -> None:
+    def __init__(self, config: TrainConfig, project_dir: str | None = None, *, fsdp: FsdpConfig | None = None) -> None:
         self.precision, self.why_precision = choose_precision(config)
         _check_ddp_backend(config.ddp_backend)
         self.pins_memory = _pins_memory(config)
@@ -105,7 +103,8 @@ class Backend:
     def prepare(self, root: nn.Module, frozen: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
         """Wrap the root and its optimizer; put frozen models beside them, in eval mode and without gradients."""
         if optimizer.state and self.accelerator.distributed_type == DistributedType.FSDP:
-            raise ConfigurationError(f"fsdp: {type(optimizer).__name__} has state of whole weights before the first step")
+            kind = type(optimizer).__name__
+            raise ConfigurationError(f"fsdp: {kind} has state of whole weights before the first step; choose another")
         self.root = root
         self.wrapped: nn.Module
         self.wrapped, self.optimizer = self.accelerator.prepare(root, optimizer)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmtk.errors import CheckpointError
-from llmtk.training.sharding import like, whole
+from llmtk.training.sharding import in_shards, like, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -221,7 +221,7 @@ def load_optimizer(file: Path, root: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors by name. Of those that share memory, as the tables of 8-bit states do, each is written by itself."""
+    """Write tensors by name. Of those that share memory, as the tables of 8-bit states do, each is written alone."""
     seen: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():
@@ -289,13 +289,14 @@ def _recover(folder: Path) -> None:
 
 
 def _kept(root: nn.Module, frozen_too: bool) -> dict[str, Tensor]:
-    trained = {name: p.data for name, p in root.named_parameters() if p.requires_grad or frozen_too}
+    parameters = in_shards(root).named_parameters()
+    trained = {name: p.data for name, p in parameters if p.requires_grad or frozen_too}
     persistent = root.state_dict(keep_vars=True).keys()
     return trained | {name: buffer for name, buffer in root.named_buffers() if name in persistent}
 
 
 def _parameter_names(root: nn.Module) -> dict[Tensor, str]:
-    return {parameter: name for name, parameter in root.named_parameters()}
+    return {parameter: name for name, parameter in in_shards(root).named_parameters()}
 
 
 def _check_alike(file: Path, name: str, saved: Tensor, wanted: Tensor) -> None:

@@ -30,7 +30,8 @@ def compile_layers(
     near as scoring's own proof asks.
     """
     layers = layers_of(root)
-    reason = _compiled(root, layers, scorer, backend, mode) if layers else "it does not say which modules its layers are"
+    unknown = "it does not say which modules its layers are"
+    reason = _compiled(root, layers, scorer, backend, mode) if layers else unknown
     reason = next(filter(None, gather(reason)), None)
     if reason:
         for layer in layers:
@@ -86,4 +87,4 @@ def _keep_attention_outside(implementation: str | None) -> None:
     if implementation is not None and implementation.startswith(PREFIX):
         attend = AttentionInterface()[implementation]
         if not getattr(attend, "_torchdynamo_disable", False):
-            AttentionInterface.register(implementation, torch.compiler.disable(attend))
+            AttentionInterface.register(implementation, torch.compiler.disable(attend))  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
 """How much memory a run is going to take on each rank: an estimate, made before anything is trained.
 
 Weights and gradients are counted. An optimizer's state is measured on a small matrix. What a forward pass keeps for its
-backward pass is measured on two short sequences, and grows with their tokens in a line, as it does with fused attention.
+backward pass is measured on two short sequences, and taken to grow with tokens in a line, as with fused attention.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> float:
     probe.grad = torch.ones_like(probe)
     settings = {key: value for key, value in optimizer.defaults.items() if key in signature(kind).parameters}
     try:
-        twin = kind([probe], **settings)  # type: ignore[arg-type]
+        twin = kind([probe], **settings)
         twin.step()
     except Exception:  # whatever optimizer a stage builds, the rest of the estimate stands
         return 0.0

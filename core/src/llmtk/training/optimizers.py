@@ -115,8 +115,9 @@ def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimize
     kind, fixed = _found(config.optim)
     _check_read(config, kind, fixed)
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in config.optim_args.items()}
+    settings: dict[str, Any] = {"lr": config.learning_rate, **_adam_settings(config, kind), **fixed, **own}
     try:
-        return kind(groups, lr=config.learning_rate, **_adam_settings(config, kind), **fixed, **own)  # type: ignore[call-arg]
+        return kind(groups, **settings)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"train.optim: {config.optim} cannot be set up: {error}") from error
 
@@ -138,7 +139,7 @@ def _found(name: str) -> tuple[Kind, dict[str, Any]]:
     (module, _, attribute), fixed = OPTIMIZERS[name][0].rpartition("."), OPTIMIZERS[name][1]
     try:
         return cast(Kind, getattr(import_module(module), attribute)), fixed
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         package = _PACKAGES.get(module, module.partition(".")[0])
         raise ConfigurationError(
             f"train.optim: {name} needs {package}, which cannot be imported ({error}): pip install {package}"

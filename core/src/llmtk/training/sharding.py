@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmtk.errors import ConfigurationError
@@ -30,9 +31,9 @@ def check_parallelism(config: RunConfig) -> None:
     """Refuse the sections `fsdp` and `deepspeed` where they cannot be followed, before anything is loaded."""
     if config.deepspeed is not None:
         raise ConfigurationError(
-            "deepspeed: runs under DeepSpeed are not supported yet: it clips, steps and refuses steps by itself, and its "
-            "optimizer state cannot be kept by parameter name. `fsdp: {}` shards weights, gradients and optimizer state "
-            "as zero_stage 3 does, with cpu_offload in place of offload_optimizer and offload_param"
+            "deepspeed: runs under DeepSpeed are not supported yet: it clips, steps and refuses steps by itself, and "
+            "its optimizer state cannot be kept by parameter name. `fsdp: {}` shards weights, gradients and optimizer "
+            "state as zero_stage 3 does, with cpu_offload in place of offload_optimizer and offload_param"
         )
     if config.fsdp is not None:
         check_fsdp(config.fsdp, config.train, int(os.environ.get("WORLD_SIZE", "1")))
@@ -84,6 +85,14 @@ def shard_with(accelerator: Accelerator, fsdp: FsdpConfig) -> None:
     state.fsdp_plugin = plugin
 
 
+def in_shards(root: nn.Module) -> nn.Module:
+    """Return a root whose parameters are its shards: after a forward without gradient, some are still gathered."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return root
+
+
 def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
     """Return tensors as they are, and sharded ones whole, on the CPU, on the ranks that keep them.
 
@@ -96,7 +105,8 @@ def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]
             continue
         full = tensor.full_tensor()
         if keep:
-            gathered[name] = full.cpu()
+            # A copy: what a collective gives is a tensor of its own kind, which files do not take.
+            gathered[name] = full.to("cpu", copy=True)
     return gathered
 
 
