@@ -51,7 +51,7 @@ from llmtk.training.router import RouterLoss
 from llmtk.training.sharding import check_parallelism
 from llmtk.training.signals import first_signal
 from llmtk.training.state import TrainState
-from llmtk.training.stream import StreamedRows, check_streaming
+from llmtk.training.stream import check_streaming
 from llmtk.training.tally import Tally
 
 if TYPE_CHECKING:

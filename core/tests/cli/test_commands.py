@@ -119,9 +119,9 @@ def test_a_command_with_the_name_of_a_built_in_one_is_an_error(install: Any, llm
 
 
 def test_an_unknown_command_suggests_the_near_one(install: Any, llmtk: Any) -> None:
-    code, _, err = llmtk("list-stage")
+    code, _, err = llmtk("schem")
     assert code == 2
-    assert "Did you mean 'list-stages'?" in err
+    assert "Did you mean 'schema'?" in err
     install("llmtk-stage-toy", "toy")
     assert "'toy' is a stage; train with it: llmtk run toy" in llmtk("toy")[2]
 

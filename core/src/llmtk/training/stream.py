@@ -69,6 +69,10 @@ class StreamedRows:
                 break
         return list(range(len(self._taken)))
 
+    def ahead(self, count: int, batches: int) -> list[list[int]]:
+        """Return no coming batches: they are not read yet."""
+        return []
+
     def _take_from_block(self, count: int) -> None:
         block, cursor = self._current(), self._cursor
         order = shuffled_block(len(block), self._seed, cursor.epoch, cursor.block)
