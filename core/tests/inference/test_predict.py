@@ -140,10 +140,10 @@ def test_other_seeds_give_other_completions(tmp_path: Path, data: str, model: La
     assert whole(model, data, tmp_path / "a.jsonl", seed=1) != whole(model, data, tmp_path / "b.jsonl", seed=2)
 
 
-def test_an_interrupted_call_leaves_whole_rows(
-    tmp_path: Path, data: str, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_leaves_whole_rows_and_says_how_to_go_on(
+    tmp_path: Path, data: str, loaded: LanguageModel, llmtk: Llmtk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = model.generate, []
+    real, calls = loaded.generate, []
 
     def stopped(*given: Any) -> Any:
         calls.append(given)
@@ -151,10 +151,11 @@ def test_an_interrupted_call_leaves_whole_rows(
             raise KeyboardInterrupt
         return real(*given)
 
-    monkeypatch.setattr(model, "generate", stopped)
-    with pytest.raises(KeyboardInterrupt), open_output(str(tmp_path / "out.jsonl")) as output:
-        predict(model, rows_of(data), model.sampling(max_new_tokens=2, batch_size=1), output)
-    assert len(lines(tmp_path / "out.jsonl")) == 4
+    monkeypatch.setattr(loaded, "generate", stopped)
+    out = tmp_path / "out.jsonl"
+    code, _, err = llmtk("predict", "builtin", "--data", data, "--output", str(out), "--batch-size", "1", *SETTINGS)
+    assert (code, f"{out} holds 4 of 11 rows; go on with --resume" in err) == (130, True), err
+    assert len(lines(out)) == 4
 
 
 def test_an_output_is_neither_overwritten_nor_mixed(

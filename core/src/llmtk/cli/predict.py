@@ -79,8 +79,14 @@ def command(
         if are_questions:
             rows = [asked.row(str(row.prompt), row.place) for row in rows]
         notices: list[str] = []
-        with _progress(len(rows)) as done:
-            lines = predict(asked, rows, sampling_of(asked, settings), opened, done, notices)
+        sampling = sampling_of(asked, settings)
+        try:
+            with _progress(len(rows)) as done:
+                lines = predict(asked, rows, sampling, opened, done, notices)
+        except KeyboardInterrupt:
+            if output != "-":
+                click.echo(f"{output} holds {len(opened.lines)} of {len(rows)} rows; go on with --resume", err=True)
+            raise
     for notice in notices:
         click.echo(notice, err=True)
     _say(lines, column, wanted, for_scripts=for_scripts, err=output == "-")
