@@ -295,6 +295,55 @@ def unwritable_folder(folder: Path) -> list[str]:
     return sft(folder, "output_dir=/proc/llmtk")
 
 
+# Predictions and chats
+
+
+def asked(folder: Path, *more: str, model: Path | str = "builtin") -> list[str]:
+    """Return the words of predictions that are sound but for what stands in `more`, or the model."""
+    rows = write(folder / "questions.jsonl", {"question": "1+1=", "answer": "2"})
+    return ["predict", str(model), "--data", str(rows), *more]
+
+
+@case("run that is not there", "there is no run and no model in", "'first'")
+def no_such_run(folder: Path) -> list[str]:
+    (folder / "first").mkdir()
+    return asked(folder, model=folder / "frst")
+
+
+@case("predictions of a run that is unfinished", "not finished", "--resume")
+def unfinished_run(folder: Path) -> list[str]:
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_text("stage: sft\n")
+    (folder / "run" / "run.json").write_text("{}")
+    return asked(folder, model=folder / "run")
+
+
+@case("predictions over those of a former call", "exists already, with 1 rows", "--resume")
+def predictions_that_are_there(folder: Path) -> list[str]:
+    out = write(folder / "out.jsonl", "{}", "")
+    return asked(folder, "--output", str(out))
+
+
+@case("row to predict that asks nothing", "rows.jsonl:1", "leaves no prompt")
+def row_without_a_question(folder: Path) -> list[str]:
+    rows = write(folder / "rows.jsonl", {"messages": [{"role": "assistant", "content": "2"}]})
+    return ["predict", "builtin", "--data", str(rows)]
+
+
+@case("metric that is not installed", "Unknown metric 'blue'")
+def absent_metric(folder: Path) -> list[str]:
+    return asked(folder, "--metric", "blue")
+
+
+@case("chat with an adapter whose base is gone", "is an adapter on /gone", "not there any more")
+def chat_without_a_base(folder: Path) -> list[str]:
+    model = copied_model(folder)
+    (model / "config.json").unlink()
+    (model / "model.safetensors").rename(model / "adapter_model.safetensors")
+    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "/gone"}')
+    return ["chat", str(model)]
+
+
 # Stages and plugins
 
 STAGE = """

@@ -137,10 +137,10 @@ def talk(llmtk: Llmtk, monkeypatch: pytest.MonkeyPatch, lines: list[str], *words
 
     def read(prompt: str) -> str:
         assert prompt == ""
-        try:
-            return next(given)
-        except StopIteration:
-            raise EOFError from None
+        line = next(given, None)
+        if line is None:
+            raise EOFError
+        return line.encode("latin-1").decode()
 
     monkeypatch.setattr("builtins.input", read)
     code, out, err = llmtk("chat", *words, "--temperature", "0", "--max-new-tokens", "8")
@@ -160,6 +160,7 @@ def test_commands(loaded: LanguageModel, llmtk: Llmtk, monkeypatch: pytest.Monke
         f"/save {file}",
         "/sav",
         "/help",
+        "caf\xe9",
     ]
     out, err = talk(llmtk, monkeypatch, [*said, "", "/quit", "never asked"], "builtin", "--system", "Add.")
     (row,) = [json.loads(line) for line in file.read_text().splitlines()]
@@ -167,6 +168,7 @@ def test_commands(loaded: LanguageModel, llmtk: Llmtk, monkeypatch: pytest.Monke
     answers = loaded.answer([[{"role": "system", "content": "Add."}, user("37+48=")], row["messages"][:2]], **GREEDY)
     assert out.splitlines()[:2] == answers
     assert "/save needs a file" in err
+    assert "error: that was no UTF-8" in err
     assert "error: there is nothing to save yet" in err
     assert "/sav is no command. Did you mean '/save'?" in err
     assert "/reset   forget what was said" in out

@@ -71,7 +71,8 @@ def test_a_finished_run_is_asked_with_its_adapter_and_its_template(tmp_path: Pat
     run.train()
     run = Run.open(tmp_path / "run")
     asked = LanguageModel(tmp_path / "run")
-    asked._half = False
+    assert {str(parameter.dtype) for parameter in asked.model.parameters()} == {"torch.float32"}, "as the run computed"
+    assert not asked._half
     vars(asked)["why_plain"] = "as the run: what it writes is so unlikely that rounding decides"
     settings = {"temperature": 0.0, "max_new_tokens": 6}
     assert asked.answer(QUESTIONS, **settings) == run.predict(QUESTIONS, **settings)

@@ -70,6 +70,9 @@ def _read() -> str | None:
         return input(prompt).strip()
     except EOFError:
         return None
+    except UnicodeDecodeError:
+        click.echo("error: that was no UTF-8", err=True)
+        return ""
 
 
 def _obey(chats: Sequence[Chat], line: str) -> bool:

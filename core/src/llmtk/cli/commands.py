@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from llmtk.host.discovery import Offer
 
 BUILT_IN = {
-    "check": "Check that a stage keeps the contract.",
     "chat": "Talk with a run's model, or any.",
+    "check": "Check that a stage keeps the contract.",
     "convert-weights": "Turn pickled weights into safetensors.",
     "data": "Show, check or count a run's data, without a model.",
     "doctor": "Check the installation, and how a model is scored.",

@@ -37,7 +37,7 @@ class LanguageModel:
         from llmtk.models import load
         from llmtk.training.backend import choose_precision
 
-        check(str(name))
+        settings = check(str(name))
         self.name = str(name)
         self.model: Any
         self.model, self.tokenizer = load(name)
@@ -45,7 +45,10 @@ class LanguageModel:
         self.model.to(self.device)
         if template is not None:
             self.tokenizer.chat_template = chat_template(self.tokenizer, template)
-        self._half = choose_precision(TrainConfig.model_validate({}))[0] == "bf16"
+        asked_for = (settings or {}).get("train", {}).get("bf16")
+        self._half = choose_precision(TrainConfig.model_validate({"bf16": asked_for}))[0] == "bf16"
+        if settings is not None and not self._half:
+            self.model.float()  # as the run computed: an adapter's base may be saved in less
         self._scorer = choose(self.model, lambda reason: [reason])
 
     @cached_property
@@ -147,8 +150,11 @@ class LanguageModel:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._half)
 
 
-def check(name: str) -> None:
-    """Check what can be checked without loading anything large. Raises what `LanguageModel` raises."""
+def check(name: str) -> dict[str, Any] | None:
+    """Check what can be checked without loading anything large; return a run's settings, or None for another model.
+
+    Raises what `LanguageModel` raises.
+    """
     from llmtk.config.sections import ModelConfig
     from llmtk.folder import INFO, RunFolder
     from llmtk.models.checks import check_origin, resolve
@@ -158,8 +164,7 @@ def check(name: str) -> None:
         raise ConfigurationError("predictions and chats are written by one process: start it without a launcher")
     folder = Path(resolve(name))
     _check_there(folder)
-    if (folder / INFO).is_file():
-        RunFolder(folder).finished()
+    settings = RunFolder(folder).finished() if (folder / INFO).is_file() else None
     config = ModelConfig(name_or_path=name)
     check_origin(config)
     if head_of(config) == "value":
@@ -167,6 +172,7 @@ def check(name: str) -> None:
             f"{name} has a head of one value (it is a reward model, or the like), and writes no text. Give a language "
             "model"
         )
+    return settings
 
 
 def _check_there(folder: Path) -> None:
