@@ -32,23 +32,25 @@ class LanguageModel:
     """
 
     def __init__(self, name: str | Path, *, template: str | None = None) -> None:
-        from llmtk.config.sections import TrainConfig
+        from llmtk.config.sections import ModelConfig, TrainConfig
         from llmtk.data import chat_template
-        from llmtk.models import load
+        from llmtk.models.saving import load_folder
         from llmtk.training.backend import choose_precision
 
-        settings = check(str(name))
+        run = check(str(name))
+        settings = run or {}
+        bf16 = settings.get("train", {}).get("bf16")
+        self._half = choose_precision(TrainConfig.model_validate({"bf16": bf16}))[0] == "bf16"
+        like = ModelConfig.model_validate(settings.get("model", {}))
         self.name = str(name)
         self.model: Any
-        self.model, self.tokenizer = load(name)
+        self.model, self.tokenizer = load_folder(name, like, torch.bfloat16 if self._half else torch.float32)
+        if run is not None and not self._half and like.quantization is None:
+            self.model.float()  # as the run computed: an adapter's base may be saved in less
         self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
         self.model.to(self.device)
         if template is not None:
             self.tokenizer.chat_template = chat_template(self.tokenizer, template)
-        asked_for = (settings or {}).get("train", {}).get("bf16")
-        self._half = choose_precision(TrainConfig.model_validate({"bf16": asked_for}))[0] == "bf16"
-        if settings is not None and not self._half:
-            self.model.float()  # as the run computed: an adapter's base may be saved in less
         self._scorer = choose(self.model, lambda reason: [reason])
 
     @cached_property
@@ -165,7 +167,8 @@ def check(name: str) -> dict[str, Any] | None:
     folder = Path(resolve(name))
     _check_there(folder)
     settings = RunFolder(folder).finished() if (folder / INFO).is_file() else None
-    config = ModelConfig(name_or_path=name)
+    trusted = (settings or {}).get("model", {}).get("trust_remote_code", False)
+    config = ModelConfig(name_or_path=name, trust_remote_code=trusted)
     check_origin(config)
     if head_of(config) == "value":
         raise ModelLoadError(
