@@ -115,9 +115,16 @@ def commands_page() -> str:
         for name in llmtk.list_commands(context):
             command = llmtk.get_command(context, name)
             assert command is not None
-            with click.Context(command, info_name=name, parent=context) as own:
-                lines += [f"## llmtk {name}\n", "```text", command.get_help(own), "```\n"]
+            lines += _helps(command, name, context)
     return "\n".join(lines)
+
+
+def _helps(command: click.Command, name: str, parent: click.Context) -> Iterator[str]:
+    """Give the help of a command, and of each of those below it."""
+    with click.Context(command, info_name=name, parent=parent) as context:
+        yield from (f"## {context.command_path}\n", "```text", command.get_help(context), "```\n")
+        for below, inner in getattr(command, "commands", {}).items():
+            yield from _helps(inner, below, context)
 
 
 def hooks_page() -> str:
