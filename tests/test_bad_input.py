@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,8 @@ class Case(NamedTuple):
 
 
 CASES: dict[str, Case] = {}
+HELD: list[socket.socket] = []
+"""Ports in use, until the process ends."""
 
 
 def case(title: str, *said: str) -> Callable[[Callable[[Path], list[str]]], Callable[[Path], list[str]]]:
@@ -392,6 +395,34 @@ def misspelt_hook(folder: Path) -> list[str]:
     module = PLUGIN.format(hook="step_finishd(self, run, step)")
     install(folder, "llmtk-plugin-other", "[llmtk.plugins]\nother = llmtk_plugin_other:Plugin\n", module)
     return sft(folder, "plugins.other={}")
+
+
+@case("report on a run that is not there", "run: there is no such run", "llmtk runs list")
+def no_such_run(folder: Path) -> list[str]:
+    return ["report", str(folder / "run")]
+
+
+@case("export of a run that has not finished", "is not finished", "--resume")
+def unfinished_run(folder: Path) -> list[str]:
+    (folder / "run").mkdir()
+    (folder / "run/config.yaml").write_text("stage: sft\n")
+    return ["export", str(folder / "run"), "--output", str(folder / "model")]
+
+
+@case(
+    "evaluation of an adapter whose base is gone", "is an adapter on", "not there any more", "base_model_name_or_path"
+)
+def base_that_is_gone(folder: Path) -> list[str]:
+    model = copied_model(folder)
+    assert call(sft(folder, "peft.r=2", "train.logging_steps=1", model=model)) == 0
+    shutil.rmtree(model)
+    return ["evaluate", str(folder / "run"), "--data", str(folder / "good.jsonl")]
+
+
+@case("processes at a port in use", "--main-port", "Address already in use", "Give another")
+def port_in_use(folder: Path) -> list[str]:
+    HELD.append(socket.create_server(("127.0.0.1", 0)))
+    return ["launch", "-n", "2", "--main-port", str(HELD[-1].getsockname()[1]), *sft(folder)[1:]]
 
 
 @pytest.mark.parametrize("name", CASES)
