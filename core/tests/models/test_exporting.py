@@ -15,7 +15,7 @@ from llmtk.cli import call
 from llmtk.errors import ConfigurationError, LlmtkError, ModelLoadError
 from llmtk.models import load
 from llmtk.models.exporting import export
-from llmtk.models.saving import save_model
+from llmtk.models.saving import load_folder, save_model
 
 from .conftest import LLAMA, build
 from .test_merging import logits, moved
@@ -64,6 +64,22 @@ def test_a_merged_adapter_loads_with_transformers_alone_when_its_base_is_gone(tm
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [0, 3]
     said = [{"role": "user", "content": "hi"}]
     assert "hi" in AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(said, tokenize=False)
+
+
+def test_a_base_is_loaded_as_the_run_loaded_it_but_not_quantised(tmp_path, adapter, ids, monkeypatch):
+    run, model = adapter
+    (run / "config.yaml").write_text("stage: sft\nmodel: {quantization: 4bit, attn_implementation: eager}\n")
+    seen = []
+
+    def watched(path, like):
+        seen.append((like.quantization, like.attn_implementation))
+        return load_folder(path, like)
+
+    monkeypatch.setattr("llmtk.models.saving.load_folder", watched)
+    expected = logits(model, ids)
+    export(run, tmp_path / "out", merge=True)
+    assert seen == [(None, "eager")]
+    torch.testing.assert_close(logits(load(tmp_path / "out")[0], ids), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_adapter_that_is_not_merged_stays_one(tmp_path, adapter, ids):

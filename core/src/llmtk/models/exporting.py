@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llmtk.config.sections import ModelConfig
 from llmtk.errors import ConfigurationError, LlmtkError
 from llmtk.folder import RunFolder
 from llmtk.models.checks import ADAPTER_CONFIG
@@ -49,7 +50,7 @@ def export(
         LlmtkError: The folder cannot be written.
     """
     source, target = Path(run), Path(output)
-    _check_finished(source)
+    like = _finished(source)
     _check_options(source, merge=merge, dtype=dtype, max_shard_size=max_shard_size, quantize=quantize)
     _check_free(target)
     from safetensors import SafetensorError
@@ -60,7 +61,7 @@ def export(
     aside = whole.with_name(f".{whole.name}.writing")
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        model, tokenizer = _loaded(source, merge=merge, dtype=dtype)
+        model, tokenizer = _loaded(source, like, merge=merge, dtype=dtype)
         save_model(model, tokenizer, aside, max_shard_size=max_shard_size)
         if quantize:
             save_model(_quantized(model, aside, quantize), tokenizer, aside, max_shard_size=max_shard_size)
@@ -73,10 +74,12 @@ def export(
     return target
 
 
-def _check_finished(source: Path) -> None:
+def _finished(source: Path) -> ModelConfig:
+    """Return how the run loaded its model, but for quantisation: what is written is rounded as the options say."""
     if not source.is_dir():
         raise ConfigurationError(f"{source}: there is no such run. `llmtk runs list` lists those there are")
-    RunFolder(source).finished()
+    like = ModelConfig.model_validate(RunFolder(source).finished().get("model") or {})
+    return like.model_copy(update={"quantization": None})
 
 
 def _check_options(
@@ -109,14 +112,14 @@ def _check_free(target: Path) -> None:
         raise ConfigurationError(f"--output {target}: {blocking} is a file, not a folder. Choose another")
 
 
-def _loaded(source: Path, *, merge: bool, dtype: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
+def _loaded(source: Path, like: ModelConfig, *, merge: bool, dtype: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
     import torch
 
     from llmtk.models.merging import merge_adapter
     from llmtk.models.saving import load_folder
 
     model: Any
-    model, tokenizer = load_folder(source)
+    model, tokenizer = load_folder(source, like)
     wanted = getattr(torch, dtype) if dtype else None
     if merge:
         return merge_adapter(model, wanted), tokenizer
