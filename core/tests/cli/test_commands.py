@@ -119,7 +119,7 @@ def test_a_command_with_the_name_of_a_built_in_one_is_an_error(install: Any, llm
 
 
 def test_an_unknown_command_suggests_the_near_one(install: Any, llmtk: Any) -> None:
-    code, _, err = llmtk("schem")
+    code, _, err = llmtk("schemas")
     assert code == 2
     assert "Did you mean 'schema'?" in err
     install("llmtk-stage-toy", "toy")
