@@ -142,7 +142,7 @@ def test_weights_are_quantised_to_the_nearest(tmp_path, tokenizer, quantize):
         ("run", ["--max-shard-size", "1GB"], "--max-shard-size is for full models"),
         ("full", ["--max-shard-size", "big"], "--max-shard-size big: expected a size such as 500MB or 2GB"),
         ("full", ["--max-shard-size", "0GB"], "--max-shard-size 0GB: expected"),
-        ("full", ["--quantize", "4bit"], "--quantize 4bit needs bitsandbytes: pip install bitsandbytes"),
+        ("full", ["--quantize", "4bit"], "--quantize 4bit needs bitsandbytes, which is not installed"),
         ("full", ["--dtype", "int4"], "'int4' is not one of"),
         ("nothing", [], "there is no such run"),
         (".", [], "holds no run: there is no config.yaml in it"),

@@ -12,10 +12,10 @@ from llmtk.config.sections import ModelConfig
 from llmtk.errors import ConfigurationError, LlmtkError
 from llmtk.folder import RunFolder
 from llmtk.models.checks import ADAPTER_CONFIG
-from llmtk.models.errors import loading, quietly
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CARD = "README.md"
 _SIZE = re.compile(r"[0-9]+[KMGT]B")
@@ -64,7 +64,7 @@ def export(
         model, tokenizer = _loaded(source, like, merge=merge, dtype=dtype)
         save_model(model, tokenizer, aside, max_shard_size=max_shard_size)
         if quantize:
-            save_model(_quantized(model, aside, quantize), tokenizer, aside, max_shard_size=max_shard_size)
+            save_model(_quantized(like, aside, quantize, model.dtype), tokenizer, aside, max_shard_size=max_shard_size)
         _write_card(source, aside, merged=merge)
         aside.rename(whole)
     except (OSError, SafetensorError) as error:
@@ -95,7 +95,9 @@ def _check_options(
     if max_shard_size:
         _check_size(max_shard_size)
     if quantize and find_spec("bitsandbytes") is None:
-        raise ConfigurationError(f"--quantize {quantize} needs bitsandbytes: pip install bitsandbytes, or leave it out")
+        raise ConfigurationError(
+            f"--quantize {quantize} needs bitsandbytes, which is not installed: pip install 'llmtk-core[quantization]'"
+        )
 
 
 def _check_size(size: str) -> None:
@@ -136,15 +138,13 @@ def _write_card(source: Path, folder: Path, *, merged: bool) -> None:
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def _quantized(model: Any, folder: Path, quantize: Quantization) -> Any:
-    """Return the model that was written to a folder, its weights quantised; the folder's own are removed."""
-    from transformers import BitsAndBytesConfig
+def _quantized(like: ModelConfig, folder: Path, quantize: Quantization, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model that was written to a folder, quantised as a run would; the folder's own weights are removed."""
+    from llmtk.models.loading import head_of, pretrained
 
-    # As in QLoRA (arXiv 2305.14314); what is multiplied has the dtype that the weights had.
-    four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    how = {**four_bits, "bnb_4bit_compute_dtype": model.dtype} if quantize == "4bit" else {"load_in_8bit": True}
-    with loading(f"the model, to be quantised to {quantize}"), quietly():
-        quantized = type(model).from_pretrained(folder, dtype="auto", quantization_config=BitsAndBytesConfig(**how))
+    here = {"name_or_path": str(folder), "from_config": None, "revision": None, "quantization": quantize}
+    config = like.model_copy(update=here)
+    quantized = pretrained(config, "auto", head_of(config), dtype)
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     return quantized
