@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from llmtk import ConfigurationError, LlmtkError, LossOutput, Run, Term, get_sta
 from llmtk.demo import addition
 from llmtk.demo.measure import exact_match
 from llmtk.models.checks import resolve
+from llmtk.reporting.card import card
 
 from .kit import EVAL, LLAMA, ROWS, Lm, assert_equal, assert_near, lines, make, series, weights
 
@@ -245,6 +247,34 @@ def test_what_a_run_leaves_behind(tmp_path, plot):
     assert_equal(dict(model.state_dict()), weights(run))
     assert model.config.hidden_size == LLAMA["hidden_size"]
     assert tokenizer.decode(tokenizer("to be")["input_ids"]) == "to be"
+
+
+def test_the_card_says_what_the_model_is_and_how_it_came_about(tmp_path, folder):
+    run = make(tmp_path / "run", eval=EVAL, model=folder, sections={"peft": {"r": 2}}, max_steps=2, weight_decay=0.1)
+    result = run.train()
+    head, title, text = (tmp_path / "run/README.md").read_text().split("\n\n", 2)
+    assert head == "---\nlibrary_name: peft\ntags: [llmtk, lm]\n---"  # a folder is no base_model that the hub knows
+    assert title == "# run"
+    told = dict(re.findall(r"^\| (.+?) \| (.+) \|$", text, re.MULTILINE))
+    assert told["base model"] == folder
+    assert told["rows"] == "12 to train on, 3 to evaluate"
+    assert told["steps"] == "2 of 4 rows"
+    assert told["tokens of a row"] == "64 at most"
+    assert told["adapter"] == "lora, r 2, alpha 32"
+    assert told["learning rate"] == "0.01, linear"
+    assert told["optimizer"] == "adamw_torch_fused, weight decay 0.1"
+    assert told["seed"] == "42"
+    assert told["eval_loss"] == f"{result.metrics['eval_loss']:.4f}"
+    assert f"torch {torch.__version__}" in told["versions"]
+
+
+def test_the_card_names_a_base_on_the_hub(tmp_path):
+    run = make(tmp_path / "run", max_steps=1)
+    result = run.train()
+    named = run.config.model.model_copy(update={"name_or_path": "org/a|b", "from_config": None})
+    run.config = run.config.model_copy(update={"model": named})
+    assert card(run, result).startswith("---\nbase_model: org/a|b\nlibrary_name: transformers\n")
+    assert "| base model | org/a\\|b |" in card(run, result)
 
 
 def test_errors_before_training_leave_nothing(tmp_path):
