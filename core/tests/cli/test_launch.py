@@ -85,6 +85,7 @@ def test_a_port_in_use_is_refused(runs: list[Any], llmtk: Any) -> None:
 def test_without_a_number_it_counts_gpus(runs: list[Any], llmtk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert launched(llmtk, "toy").num_processes == 4
+    assert launched(llmtk, "--machines", "2", "--main-address", "node0", "toy").num_processes == 8
     assert "-n: 5 processes on this machine, which has 4 GPUs. Give fewer" in llmtk("launch", "-n", "5", "toy")[2]
     assert launched(llmtk, "-n", "8", "--machines", "2", "--main-address", "node0", "toy").num_processes == 8
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)

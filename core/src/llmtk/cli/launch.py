@@ -15,7 +15,9 @@ LOCAL, PORT = "127.0.0.1", 29500
 
 
 @click.command("launch", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.option("-n", "--processes", type=click.IntRange(1), help="Processes on all machines together. By default GPUs.")
+@click.option(
+    "-n", "--processes", type=click.IntRange(1), help="Processes of all machines. By default one for each GPU."
+)
 @click.option("--machines", type=click.IntRange(1), default=1, help="Machines. The command is given on each.")
 @click.option("--machine-rank", type=click.IntRange(0), default=0, help="Which of the machines this is, from 0.")
 @click.option("--main-address", metavar="HOST", help="Address of machine 0.")
@@ -38,7 +40,7 @@ def command(
     """
     from llmtk.cli import run
 
-    processes = processes or _gpus()
+    processes = processes or _gpus() * machines
     _check_machines(processes, machines, machine_rank, main_address)
     run.made(**run.command.make_context("llmtk run", list(words)).params)  # a mistake is told here, once
     _check_gpus(processes // machines)

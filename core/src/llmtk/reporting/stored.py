@@ -63,7 +63,9 @@ class StoredRun:
     def model(self) -> str:
         """What the model is called."""
         model = self.config.get("model") or {}
-        return str(model.get("name_or_path") or f"{(model.get('from_config') or {}).get('model_type')} from scratch")
+        return str(
+            model.get("name_or_path") or f"{(model.get('from_config') or {}).get('model_type', '?')} from scratch"
+        )
 
     @property
     def steps(self) -> int:
