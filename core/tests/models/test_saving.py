@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -77,6 +78,15 @@ def test_what_a_folder_holds(folder):
     ]
     assert json.loads((folder / "config.json").read_text())["use_cache"] is True
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [0, 3]
+
+
+def test_weights_may_be_read_by_whom_the_other_files_may_be_read(tmp_path, model, tokenizer):
+    before = os.umask(0o027)
+    try:
+        save_model(model, tokenizer, tmp_path / "saved")
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "saved").iterdir()} == {"0o640"}
 
 
 def test_an_adapter_loads_on_its_base(adapter, ids):
