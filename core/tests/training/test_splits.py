@@ -91,3 +91,9 @@ def test_a_plugin_orders_no_mixture(tmp_path):
     run = make(tmp_path / "run", rows=[source], plugins=[Curriculum()])
     with pytest.raises(ConfigurationError, match="sources with weights cannot be ordered"):
         run.train()
+
+
+def test_other_data_are_evaluated_under_the_runs_names_of_columns_or_llmtks(tmp_path):
+    run = run_on(tmp_path / "run", train=[{"content": row["text"]} for row in ROWS], columns={"content": "text"})
+    run.train()
+    assert run.evaluate([{"content": "held out"}]) == run.evaluate([{"text": "held out"}])

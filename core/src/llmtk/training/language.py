@@ -57,7 +57,11 @@ def _rows(run: Run, data: Source | None, *, readable: bool) -> Dataset | None:
     if run.stage.head != "language":
         return None
     if readable:
-        own = run.eval_rows if data is None else run.stage.encode_rows(run, read_rows(data, run.stage.row_types))
+        own = (
+            run.eval_rows
+            if data is None
+            else run.stage.encode_rows(run, read_rows(data, run.stage.row_types, run.config.data))
+        )
         if own is not None and "input_ids" in own[0]:
             return own
     converted = _converted(run, data)
@@ -67,7 +71,7 @@ def _rows(run: Run, data: Source | None, *, readable: bool) -> Dataset | None:
 def _converted(run: Run, data: Source | None) -> list[DataRow] | None:
     try:
         if data is not None:
-            return read_rows(data, ROW_TYPES)
+            return read_rows(data, ROW_TYPES, run.config.data)
         return [part for row in run.splits.eval or [] for part in convert(row, ROW_TYPES)]
     except (DatasetError, RowError):
         return None
