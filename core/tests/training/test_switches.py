@@ -117,7 +117,7 @@ def test_the_log_says_why_a_run_failed_and_a_resumed_run_writes_behind_it(tmp_pa
     assert "ERROR llmtk: PluginError" in log
     assert log.index("ERROR") < log.index("Done: 1 steps")
     assert "hf_abcdefgh" not in log
-    assert "(SOME_TOKEN)" in log
+    assert "${SOME_TOKEN}" in log
 
 
 # Hardware, said before anything is loaded

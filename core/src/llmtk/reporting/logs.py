@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
 import sys
 from logging.handlers import MemoryHandler
 from typing import TYPE_CHECKING
 
+from llmtk.config.secrets import concealed
 from llmtk.errors import LlmtkError
 
 if TYPE_CHECKING:
@@ -17,9 +16,6 @@ if TYPE_CHECKING:
 FILE = "run.log"
 LOGGER = logging.getLogger("llmtk")
 LIBRARIES = ("accelerate", "datasets", "peft", "transformers")
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY", re.IGNORECASE)
-_SHORTEST = 8
-"""Characters of a secret, at least: shorter ones are too likely words of a sentence."""
 
 
 class RunLog:
@@ -71,11 +67,7 @@ class _File(logging.FileHandler):
 
 
 class _Discreet(logging.Formatter):
-    """Leaves out the values of environment variables that are called tokens, keys, secrets or passwords."""
+    """Puts names in place of the environment's secrets, in tracebacks too."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        for name, value in os.environ.items():
-            if len(value) >= _SHORTEST and _SECRET.search(name):
-                text = text.replace(value, f"({name})")
-        return text
+        return concealed(super().format(record))
