@@ -398,12 +398,12 @@ def misspelt_hook(folder: Path) -> list[str]:
 
 
 @case("report on a run that is not there", "run: there is no such run", "llmtk runs list")
-def no_such_run(folder: Path) -> list[str]:
+def report_of_no_run(folder: Path) -> list[str]:
     return ["report", str(folder / "run")]
 
 
 @case("export of a run that has not finished", "is not finished", "--resume")
-def unfinished_run(folder: Path) -> list[str]:
+def export_of_an_unfinished_run(folder: Path) -> list[str]:
     (folder / "run").mkdir()
     (folder / "run/config.yaml").write_text("stage: sft\n")
     return ["export", str(folder / "run"), "--output", str(folder / "model")]

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from llmtk.config.reading import merge, read_file
 from llmtk.config.secrets import concealed
-from llmtk.config.sections import HELD_OUT
 from llmtk.errors import CheckpointError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -254,6 +253,7 @@ def _folder_of_checkpoint(checkpoint: Path, output_dir: str | None) -> Path:
 def _settings(run: Run) -> dict[str, Any]:
     """Return the resolved configuration as a mapping, rows given in Python replaced by their number."""
     from llmtk.config.run_config import spelt_out
+    from llmtk.config.sections import HELD_OUT
 
     settings = spelt_out(run.config)
     for split in ("train", *HELD_OUT):

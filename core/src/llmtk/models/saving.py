@@ -77,8 +77,8 @@ def save_model(
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):
-        shutil.copymode(folder / "tokenizer_config.json", weights)  # safetensors lets none but their owner read them
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "tokenizer_config.json", file)  # safetensors lets none but their owner read them
 
 
 def save_merged(adapter: Path, path: Path, like: ModelConfig) -> None:
