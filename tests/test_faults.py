@@ -47,6 +47,8 @@ TRAIN = {
     "load_best_model_at_end": True,
 }
 KILLED = signal.SIGKILL.value
+NOT_COMPARED = ("timings.jsonl", "run.log", ".lock", "manifest.json", "loss.png", "config.yaml")
+"""Files of a run with times, paths or process ids in them."""
 
 
 class Nursery:
@@ -178,7 +180,14 @@ def left_by(folder: Path) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for file in sorted(folder.rglob("*")):
         name = str(file.relative_to(folder))
-        if file.is_dir() or file.name in ("timings.jsonl", ".lock", "manifest.json", "loss.png", "config.yaml"):
+        if file.is_dir() or file.name in (
+            "timings.jsonl",
+            "run.log",
+            ".lock",
+            "manifest.json",
+            "loss.png",
+            "config.yaml",
+        ):
             continue
         content: Any = file.read_bytes().replace(str(folder).encode(), b"FOLDER")
         if file.name == "README.md":

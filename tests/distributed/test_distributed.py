@@ -59,6 +59,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     launch(folder)
     (folder / "said").write_text(launch(folder, *TORCHRUN))
+    sharded = ("sharded", "sharded_adamw", "sharded_goes_on")
+    launch(folder, checks=sharded)
+    launch(folder, *TORCHRUN, checks=sharded)
     return folder
 
 
@@ -217,7 +220,7 @@ def test_ranks_hold_the_same_weights(answer: Answers, check: str) -> None:
 def test_training_moves_the_weights(answer: Answers) -> None:
     """Else equal weights would say nothing."""
     for check in TRAININGS:
-        losses = [line["loss"] for line in answer(check, 2)["metrics"]]
+        losses = [line["loss"] for line in answer(check, 2)["metrics"] if "loss" in line]
         assert losses[-1] < losses[0] - 0.001, check
         assert all(np.any(values) for values in answer(check, 2)["gradient"].values() if check != "lora")
 

@@ -89,7 +89,7 @@ class Curriculum:
 def test_a_plugin_orders_no_mixture(tmp_path):
     source = {"path": write(tmp_path / "a.jsonl", ROWS), "weight": 2}
     run = make(tmp_path / "run", rows=[source], plugins=[Curriculum()])
-    with pytest.raises(ConfigurationError, match="sources with weights cannot be ordered"):
+    with pytest.raises(ConfigurationError, match=r"sources with weights .*: a plugin orders the rows"):
         run.train()
 
 

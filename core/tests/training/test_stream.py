@@ -122,7 +122,7 @@ def test_what_needs_all_rows_is_refused(tmp_path, rows, folder):
         make(tmp_path / "a", rows, folder, max_steps=-1).train()
     with pytest.raises(ConfigurationError, match="stage own needs all rows before the first step"):
         make(tmp_path / "b", rows, folder, stage=Own).train()
-    with pytest.raises(ConfigurationError, match="a stream cannot be ordered"):
+    with pytest.raises(ConfigurationError, match=r"data\.streaming: a plugin orders the rows"):
         make(tmp_path / "c", rows, folder, plugins=[Curriculum()]).train()
     with pytest.raises(ConfigurationError, match="trained on the data, needs all rows"):
         Run(

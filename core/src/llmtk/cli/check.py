@@ -26,10 +26,10 @@ def command(stage: str, only: tuple[str, ...], no_demo: bool) -> int:
     styles = {Verdict.PASSED: "green", Verdict.FAILED: "bold red", Verdict.SKIPPED: "dim"}
     for one in outcomes(stage, wanted):
         told = f"[{styles[one.verdict]}]{one.verdict.value:8}[/]"
-        console.print(f"{told} {one.check:11} {one.title}  [dim]{one.seconds:.1f} s[/]")
+        console.print(f"{told} {one.check:11} {one.title}  [dim]{one.seconds:.1f} s[/]", soft_wrap=True)
         for label, text in (("", one.message), ("Mend: ", one.mend)):
             if text:
-                console.print(f"{label}{text}", markup=False, style="" if label else "yellow", new_line_start=True)
+                console.print(f"{label}{text}", markup=False, style="" if label else "yellow", soft_wrap=True)
         failed += one.verdict is Verdict.FAILED
     console.print(f"{stage}: {len(wanted) - failed} of {len(wanted)} checks passed" if failed else f"{stage} conforms")
     return 1 if failed else 0
