@@ -69,7 +69,9 @@ def without_identical(run: RunView, rows: Sequence[DataRow], then: str) -> list[
         which = ", ".join(identical[:3]) + (", ..." if len(identical) > 3 else "")
         told = f"{len(identical)} of {len(rows)} pairs have equal answers ({which})"
         if then == "refuse":
-            raise DatasetError(f"{told}. Take them out, or set identical_pairs: drop")
+            raise DatasetError(
+                f"{told}. Take them out, or let them be left out: identical_pairs: drop in the stage's section"
+            )
         run.notify(f"{told} and are left out.")
     return [row for row in rows if not isinstance(row, Pair) or row.chosen != row.rejected]
 

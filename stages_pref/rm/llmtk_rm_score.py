@@ -202,4 +202,6 @@ def command(run: str, data: str, output: str | None, max_length: int | None, bat
         aside.replace(output)
     except OSError as error:
         raise ConfigurationError(f"--output {output} cannot be written: {error.strerror}") from error
-    click.echo(f"{len(found)} rows scored: {output}", err=True)
+    without = sum(None in line.values() for line in found)
+    room = f", {without} with null in place of a score that had no room" if without else ""
+    click.echo(f"{len(found)} rows{room}: {output}", err=True)

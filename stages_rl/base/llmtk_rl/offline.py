@@ -52,7 +52,7 @@ def check_offline(run: RunView, row: Prompt, longest: int) -> None:
             raise DatasetError(f"{row.place}: {name} must be a list with one entry for each completion")
     if len({len(values) for values in lists.values()}) > 1:
         counts = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
-        raise DatasetError(f"{row.place}: one of each is needed for every completion, and there are {counts}")
+        raise DatasetError(f"{row.place}: each completion needs one of each, and there are {counts}")
     if not all(_is_number(value) for value in lists.get("rewards", [])):
         raise DatasetError(f"{row.place}: rewards must be finite numbers")
     _check_completions(run, row)

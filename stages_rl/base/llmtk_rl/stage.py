@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmtk import Batch, ConfigurationError, DatasetError, Mean, Round, RunView, Stage, hookimpl
 from llmtk.contract import Dataset, Row
-from llmtk.data import Prompt
+from llmtk.data import Prompt, refuse_rows
 from llmtk.data import Row as DataRow
 from llmtk.scoring import Scores
 from llmtk.training.randomness import derive
@@ -120,14 +120,21 @@ class ReinforcementStage(Stage):
             )
         _ = self.rewards  # what cannot be loaded is refused before a model is
 
-    def encode_rows(self, run: RunView, rows: Sequence[DataRow]) -> Dataset:
-        self._check_mini_batches(run)
-        for row in rows:
-            assert isinstance(row, Prompt)
+    def _problem(self, run: RunView, row: DataRow) -> str | None:
+        """Return what is wrong with a row, if anything is, and where it stands."""
+        assert isinstance(row, Prompt)
+        try:
             if is_offline(row.columns):
                 check_offline(run, row, self.options.max_completion_length)
             if not brings_rewards(row.columns):
                 self.rewards.check_columns(row.columns, row.place)
+        except DatasetError as error:
+            return str(error)
+        return None
+
+    def encode_rows(self, run: RunView, rows: Sequence[DataRow]) -> Dataset:
+        self._check_mini_batches(run)
+        refuse_rows([problem for row in rows if (problem := self._problem(run, row))], len(rows))
         encoded: Any = super().encode_rows(run, rows)
         room = run.max_length - self.options.max_completion_length
         fitting = [index for index, length in enumerate(encoded["length"]) if length <= room]

@@ -5,7 +5,7 @@ Reading needs no tokenizer, so that every bad row is known before a model is loa
 
 from llmtk.data.encoders import EncodingReport
 from llmtk.data.encoding import encode
-from llmtk.data.reading import Splits, read_rows, read_splits
+from llmtk.data.reading import Splits, read_rows, read_splits, refuse_rows
 from llmtk.data.rows import Dialogue, Labelled, Pair, Prompt, PromptCompletion, Row, Text
 from llmtk.data.templates import chat_template
 
@@ -23,4 +23,5 @@ __all__ = [
     "encode",
     "read_rows",
     "read_splits",
+    "refuse_rows",
 ]

@@ -39,6 +39,17 @@ class Splits:
     """(rows, weight) of each source of the training rows, in their order; empty where each row comes once an epoch."""
 
 
+def refuse_rows(problems: Sequence[str], total: int) -> None:
+    """Raise :class:`DatasetError` if any of the rows cannot be used: where and why, the first ten, then a count."""
+    if not problems:
+        return
+    lines = [f"  {problem}" for problem in problems[:SHOWN]]
+    if len(problems) > SHOWN:
+        lines.append(f"  and {len(problems) - SHOWN} more")
+    head = f"{len(problems)} of {total} rows cannot be used; mend them, or take them out:"
+    raise DatasetError("\n".join([head, *lines]))
+
+
 @dataclass
 class Reading:
     """Reads sources into rows of the wanted types, and gathers what is wrong, so that one error tells all."""
@@ -63,13 +74,7 @@ class Reading:
 
     def refuse_bad(self) -> None:
         """Raise :class:`DatasetError` if any row cannot be used: the first ten, then a count."""
-        if not self.bad:
-            return
-        lines = [f"  {place}: {reason}" for place, reason in self.bad[:SHOWN]]
-        if len(self.bad) > SHOWN:
-            lines.append(f"  and {len(self.bad) - SHOWN} more")
-        head = f"{len(self.bad)} of {self.total} rows cannot be used; mend them, or take them out:"
-        raise DatasetError("\n".join([head, *lines]))
+        refuse_rows([f"{place}: {reason}" for place, reason in self.bad], self.total)
 
     def read(
         self, source: SourceConfig, records: Sequence[Record], form: Format | None = None

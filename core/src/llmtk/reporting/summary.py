@@ -73,6 +73,8 @@ def say_result(run: Run, result: Result) -> None:
             after, before = result.metrics[f"{key}_after"], result.metrics.get(f"{key}_before")
             was = "" if before is None else f"{before:.3g} before, "
             say(f"{name} on held-out rows: {was}{after:.3g} after {result.steps} steps")
+    if result.steps and run.state.skipped == result.steps:
+        say(f"WARNING: all {result.steps} steps were left out (see above), and the model is as it was")
     loss = "not logged" if result.final_loss is None else f"{result.final_loss:.4f}"
     why = f" ({run.state.stopped_by} stopped the run)" if run.state.stopped_by else ""
     say(f"Done: {result.steps} steps{why}, loss {loss}. Model, metrics and plot are in {result.output_dir}")
