@@ -1,5 +1,5 @@
 # Each target sets up what it needs in .venv, once; again when a pyproject.toml or constraints.txt has changed.
-.PHONY: help demo test test-slow lint docs bench parity wheels
+.PHONY: help demo test test-slow lint docs conform bench parity wheels
 .NOTPARALLEL:
 
 PYTHON ?= python3
@@ -18,6 +18,7 @@ help:
 	@echo "make test-slow  run the slow tests"
 	@echo "make lint       check style and types"
 	@echo "make docs       build the documentation's site into build/site"
+	@echo "make conform    check that every stage keeps the contract"
 	@echo "make bench      run the benchmarks, which takes half an hour or more"
 	@echo "make parity     compare with other implementations"
 	@echo "make wheels     build every distribution into dist/"
@@ -39,6 +40,10 @@ lint: $(VENV)/.developed
 
 docs: $(VENV)/.documented
 	$(BIN)/mkdocs build --quiet
+
+conform: $(VENV)/.developed
+	@for stage in $(notdir $(patsubst %/pyproject.toml,%,$(filter-out %/base/pyproject.toml,$(wildcard stages_*/*/pyproject.toml)))); do \
+	  OMP_NUM_THREADS=1 $(BIN)/llmtk check $$stage --no-demo || exit 1; done
 
 bench: $(VENV)/.developed
 	$(BIN)/python tests/benchmarks/startup.py

@@ -123,10 +123,9 @@ def ranks(trial: Trial) -> None:
     if "<locals>" in trial.stage_class.__qualname__:
         raise NotApplicable("a class that stands in a function cannot be found by another process")
     one, two = trial.folder / "one-rank", trial.folder / "two-ranks"
-    saved = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": STEPS}
-    run = trial.set_up(folder=one, **saved)
-    start = weights(run)
-    run.train()
+    saved: dict[str, Any] = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": STEPS}
+    start = weights(trial.set_up(**saved))
+    trial.run(folder=one, **saved).train()
     spec = trial.folder / "two-ranks.json"
     given = trial.given if isinstance(trial.given, str) else list(where(trial.given))
     asked = {"stage": given, "options": trial.asked_options, "rows": trial.asked_rows, "folder": str(two)}

@@ -147,8 +147,12 @@ class Trial:
 
     def set_up(self, **given: Any) -> Run:
         """Make a run, and load everything."""
-        run = self.run(**given)
+        return self.loaded(self.run(**given))
+
+    def loaded(self, run: Run) -> Run:
+        """Load everything of a run, and make its folder, into which samples may be written."""
         run._set_up()
+        run.output_dir.mkdir(parents=True, exist_ok=True)
         return run
 
     def round_of(self, run: Run) -> Round:
