@@ -171,15 +171,22 @@ class Run:
             self._say_what_stands(caught)
             raise
         finally:
-            if self._is_set_up:
-                self.console.end(self.state.step)
-                self.fetcher.close()
-                self.backend.close_trackers()
-                try:
-                    self.hooks.run_finished(error)
-                finally:
-                    self.folder.release()
-            self.log.close()
+            try:
+                self._close(error)
+            finally:
+                self.log.close()
+
+    def _close(self, error: BaseException | None) -> None:
+        """Let go of what training held, and tell the plugins how it ended."""
+        if not self._is_set_up:
+            return
+        self.console.end(self.state.step)
+        self.fetcher.close()
+        self.backend.close_trackers()
+        try:
+            self.hooks.run_finished(error)
+        finally:
+            self.folder.release()
 
     def prepare(self) -> Plan:
         """Load data and model, and return what `train` would do. Nothing is trained, and nothing written."""

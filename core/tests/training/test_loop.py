@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 
@@ -418,6 +419,7 @@ def test_errors_of_plugins_are_named_and_the_folder_is_free_again(tmp_path):
     first = make(tmp_path / "run", plugins=[Broken()], max_steps=1)
     with pytest.raises(PluginError, match="run_finished failed in broken"):
         first.train()
+    assert not logging.getLogger("llmtk").handlers
     make(tmp_path / "run", max_steps=1, resume="auto").train()
 
 
