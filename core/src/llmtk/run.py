@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from llmtk import scoring
 from llmtk.batch import Batch, Mean
 from llmtk.config.reading import merge
 from llmtk.config.run_config import RunConfig, resolve
@@ -25,7 +24,7 @@ from llmtk.contract import REFERENCE, Data, Dataset, Row, Stage
 from llmtk.errors import ConfigurationError, LlmtkError
 from llmtk.folder import RunFolder
 from llmtk.generation import Completion, Engine, Sampling
-from llmtk.generation.engines import check_engine, engine_of
+from llmtk.generation.engines import engine_of
 from llmtk.host import discovery, manager
 from llmtk.host.hooks import Hooks
 from llmtk.reporting import summary
@@ -35,7 +34,7 @@ from llmtk.reporting.records import Records
 from llmtk.reporting.speed import Speed
 from llmtk.scoring import Scorer, Scores
 from llmtk.scoring.kept import keep_less
-from llmtk.training import checkpoints, loop, optimizers, snapshot
+from llmtk.training import checkpoints, loop, optimizers, setup, snapshot
 from llmtk.training.backend import Backend
 from llmtk.training.evaluation import eval_mode, evaluate
 from llmtk.training.events import Evaluation, Plan
@@ -43,22 +42,24 @@ from llmtk.training.fetching import Fetcher
 from llmtk.training.loop import Interrupted
 from llmtk.training.micro_batches import cut_window
 from llmtk.training.neftune import EmbeddingNoise
-from llmtk.training.order import row_lengths, row_order, share
-from llmtk.training.planning import make_plan
+from llmtk.training.order import share
 from llmtk.training.precompute import Precomputed, precompute
 from llmtk.training.randomness import Randomness
 from llmtk.training.router import RouterLoss
-from llmtk.training.sharding import check_parallelism
 from llmtk.training.signals import first_signal
 from llmtk.training.state import TrainState
-from llmtk.training.stream import check_streaming
 from llmtk.training.tally import Tally
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from transformers import PreTrainedTokenizerBase
 
     from llmtk.contract import Demo
+    from llmtk.data import Splits
     from llmtk.data.rows import Message
+    from llmtk.training.order import Lengths, RowOrder
+    from llmtk.training.stream import StreamedRows
 
 __all__ = ["Interrupted", "Result", "Run", "evaluate_run"]
 
@@ -88,6 +89,33 @@ class Run:
         run = Run(stage="sft", model="path", data="rows.jsonl", train={"max_steps": 100}, output_dir="runs/a")
         result = run.train()
     """
+
+    # What setting up loads: llmtk.training.setup
+    backend: Backend
+    randomness: Randomness
+    splits: Splits
+    tokenizer: PreTrainedTokenizerBase
+    train_rows: Dataset
+    eval_rows: Dataset | None
+    test_rows: Dataset | None
+    train_lengths: Lengths | None
+    """The tokens of each training row, if they are known."""
+    fetcher: Fetcher
+    model: nn.Module
+    frozen: dict[str, nn.Module]
+    views: dict[str, Callable[[], AbstractContextManager[None]]]
+    changing: frozenset[str]
+    """Frozen models that the stage moves, which checkpoints keep."""
+    scorers: dict[str | None, Scorer]
+    router: RouterLoss
+    noise: EmbeddingNoise | None
+    compiled: bool
+    optimizer: torch.optim.Optimizer
+    order: RowOrder | StreamedRows
+    plan: Plan
+    scheduler: Any
+    schedule_waits: bool
+    """Whether the schedule moves on with evaluations."""
 
     def __init__(
         self,
@@ -124,8 +152,6 @@ class Run:
         self.records = Records(self.folder)
         self.state = TrainState()
         self.saved_step = -1
-        self.tokenizer: PreTrainedTokenizerBase
-        self.fetcher: Fetcher
         self.exported: Path | None = None
         self.opened: nn.Module | None = None
         self._signal: int | None = None
@@ -219,12 +245,7 @@ class Run:
 
     def load_data(self) -> Data:
         """Read and encode the rows as a run does before it trains, without a model, and without writing anything."""
-        from llmtk.data import read_splits
-
-        if not hasattr(self, "splits"):
-            self._meet()
-            self.splits = read_splits(self.config.data, self.stage.row_types, seed=self.data_seed)
-        return self._encode_data()
+        return setup.load_data(self)
 
     def save(self, path: str | Path) -> None:
         """Write the model as it is now, loadable with from_pretrained."""
@@ -422,7 +443,7 @@ class Run:
 
     def schedule_step(self, refused: bool = False) -> None:
         """Move the learning rate on, after a refused step too, unless the schedule waits for evaluations."""
-        if self._schedule_waits:
+        if self.schedule_waits:
             return
         with warnings.catch_warnings() if refused else contextlib.nullcontext():
             if refused:
@@ -432,7 +453,7 @@ class Run:
 
     def schedule_evaluated(self, metrics: Mapping[str, float]) -> None:
         """Give an evaluation to a schedule that waits for it."""
-        if self._schedule_waits:
+        if self.schedule_waits:
             self.scheduler.step(metrics["eval_loss"])
 
     def count_speed(self, seconds: float, tokens: int, rows: int) -> float:
@@ -475,170 +496,21 @@ class Run:
             with self.randomness.aside("samples"):
                 write_samples(self)
 
-    # Setting up
+    # Setting up: llmtk.training.setup
 
     def _open_or_set_up(self, with_data: bool = False) -> None:
-        """Load a finished run's model, and its data only if they are wanted; or set up one that is to be trained."""
         if self.exported is None:
             self._set_up()
-            return
-        if not hasattr(self, "backend"):
-            from llmtk.models.saving import load_folder
-
-            self._start()
-            like, dtype = self.config.model, self.backend.compute_dtype
-            self.opened, self.tokenizer = load_folder(self.exported, like, dtype)
-            if dtype == torch.float32 and like.quantization is None:
-                self.opened.float()  # an adapter's base may be saved in less than it was trained on in
-            self._load_models()
-            self.backend.place(self.model, self.frozen)
-        if with_data and not hasattr(self, "eval_rows"):
-            from llmtk.data import read_splits
-
-            self.splits = read_splits(self.config.data, self.stage.row_types, seed=self.data_seed)
-            self.eval_rows = self.hooks.build_data().eval
+        else:
+            setup.open_finished(self, self.exported, with_data=with_data)
 
     def _set_up(self, only_to_plan: bool = False) -> None:
         """Load everything, and compute what is wanted of it before training."""
         if not self._is_set_up:
-            self._load()
+            setup.load(self)
         if self.config.train.precompute_reference and self.precomputed is None and not only_to_plan:
             self.precomputed = precompute(self)
         self._is_set_up = True
-
-    def _load(self) -> None:
-        """Load everything, cheapest first, so that what can be refused is refused before it costs anything."""
-        from llmtk.data import read_splits
-        from llmtk.models.checks import check_model
-        from llmtk.models.options import check_options
-
-        check_parallelism(self.config)
-        self.stage.check(self)
-        model, merges = self.config.model, self.config.train.merge_and_save
-        check_model(model)
-        check_options(model, self.config.peft, merges=merges, dropout=self._keeps_dropout)
-        optimizers.check_scheduler(self.config.train)
-        check_engine(self.config.generation)
-        if self.config.data.streaming:
-            check_streaming(self)
-        if self.config.samples.count and self.stage.head == "value":
-            raise ConfigurationError(f"samples.count: a model of stage {self.stage_name} writes no text; set it to 0")
-        self._start()
-        if model.trust_remote_code:
-            self.notify("WARNING: model.trust_remote_code is on: Python code that comes with the model runs as you")
-        self.splits = read_splits(self.config.data, self.stage.row_types, seed=self.data_seed)
-        self._check_evaluation()
-        data = self._encode_data()
-        self.train_rows, self.eval_rows, self.test_rows = data.train, data.eval, data.test
-        self.train_lengths = row_lengths(data.train)
-        self.fetcher = Fetcher(data.train, self.config.train.dataloader_num_workers)
-        self._load_models()
-        optimizer = self.hooks.build_optimizer()
-        self.backend.prepare(self.model, self.frozen, optimizer)
-        self.optimizer = optimizer
-        self.order = row_order(self.config, data, self.data_seed, self.global_rows, self.hooks)
-        self.plan = make_plan(self)
-        self.scheduler = optimizers.build_scheduler(optimizer, self.config.train, self.plan.max_steps)
-        self._schedule_waits = optimizers.waits_for_evaluation(self.config.train)
-
-    def _start(self) -> None:
-        """Meet the other ranks, and settle on a folder."""
-        self._meet()
-        if self.exported is None:
-            self.folder.settle(self.backend)
-
-    def _meet(self) -> None:
-        """Make the backend, and check that all ranks run the same."""
-        fsdp = self.config.fsdp if self.exported is None else None  # a finished run's model is opened whole
-        self.backend = Backend(self.config.train, str(self.folder.path), fsdp=fsdp)
-        self.console.speaks = self.backend.is_main
-        self.randomness = Randomness(self.config.train.seed, self.backend.rank)
-        digest = manager.digest(manager.plugin_versions(self.manager))
-        if len(set(self.gather(digest))) > 1:
-            raise ConfigurationError("the ranks have other plugins, or other versions of them; install the same on all")
-
-    def _encode_data(self) -> Data:
-        """Load the tokenizer, say what there is to say of the rows, and encode them."""
-        self._load_tokenizer()
-        for notice in self.splits.notices:
-            self.notify(notice)
-        return self.hooks.build_data()
-
-    def _load_tokenizer(self) -> None:
-        from llmtk.data import chat_template
-        from llmtk.models.tokenizers import load_tokenizer
-
-        self.tokenizer = load_tokenizer(
-            self.config.model, lambda: (text for row in self.splits.train for text in row.texts())
-        )
-        if self.config.data.template is not None:
-            # It goes along with the exported model, which is then asked as it was trained.
-            self.tokenizer.chat_template = chat_template(self.tokenizer, self.config.data.template)
-
-    def _load_models(self) -> None:
-        models = self.hooks.build_models()
-        self.model: nn.Module = models.root
-        self.frozen: dict[str, nn.Module] = dict(models.frozen)
-        self.views = dict(models.views)
-        self.changing = models.changing
-        if not self._keeps_dropout:
-            from llmtk.models.loading import disable_dropout
-
-            disable_dropout(self.model)
-        self.model.train()
-        self.router = RouterLoss(self.model, self.notify)
-        self.noise = self._embedding_noise()
-        own = self._scorer(self.model)
-        self.scorers: dict[str | None, Scorer] = {None: own, **dict.fromkeys(self.views, own)}
-        self.scorers |= {name: self._scorer(model) for name, model in self.frozen.items()}
-        self.compiled = self._compile()
-
-    def _compile(self) -> bool:
-        """Compile the layers if the configuration asks for it; say why not, where it cannot be done."""
-        train = self.config.train
-        if not train.compiles or self.exported is not None:
-            return False
-        from llmtk.training.compiling import compile_layers
-
-        backend, mode = train.torch_compile_backend, train.torch_compile_mode
-        reason = compile_layers(self.model, self.scorers[None], self.gather, backend, mode)
-        if reason:
-            self.notify(f"train.torch_compile is left out, the model computes as without: {reason}")
-        return reason is None
-
-    @property
-    def _keeps_dropout(self) -> bool:
-        """Whether dropout stays on: as the stage has it, unless the user says otherwise."""
-        asked = self.config.train.disable_dropout
-        return self.stage.dropout if asked is None else not asked
-
-    def _embedding_noise(self) -> EmbeddingNoise | None:
-        alpha, purpose = self.config.train.neftune_noise_alpha, f"neftune/{self.rank}"
-        return None if alpha is None else EmbeddingNoise(self.model, alpha, lambda: self.generator(purpose))
-
-    def _scorer(self, model: nn.Module) -> Scorer:
-        """Choose how to score a model, before it is wrapped."""
-        model.to(self.device)
-        forced = "train.scoring" if self.config.train.scoring == "padded" else ""
-        return scoring.choose(model, self.gather, forced)
-
-    def _check_evaluation(self) -> None:
-        """Refuse options that need evaluations where there are none."""
-        config = self.config.train
-        if self.splits.eval is not None and config.evaluates:
-            return
-        needing = [
-            ("train.do_train: false", not config.do_train),
-            ("train.eval_strategy", config.eval_strategy == "steps"),
-            ("train.load_best_model_at_end", config.load_best_model_at_end),
-            (f"train.lr_scheduler_type: {config.lr_scheduler_type}", optimizers.waits_for_evaluation(config)),
-            ("samples.count", self.config.samples.count > 0),
-        ]
-        if asked := [name for name, asks in needing if asks]:
-            if self.splits.eval is not None:
-                none = "eval_strategy: no" if config.do_eval else "do_eval: false"
-                raise ConfigurationError(f"{asked[0]} needs evaluations, and {none} makes none; change one")
-            raise ConfigurationError(f"{asked[0]} needs evaluation data: give data.eval, a share (0.1) or a file")
 
     # Training
 

@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from llmtk.batch import Batch
-from llmtk.errors import ConfigurationError
+from llmtk.errors import LlmtkError
 from llmtk.host import discovery
 from llmtk.host.checks import check_stage as check_class
 from llmtk.host.hookspecs import hookimpl
@@ -85,7 +85,7 @@ def options(trial: Trial) -> None:
         for value in itertools.islice(_other_values(trial.stage_class.Options, name), 3):
             try:
                 heard = name in _read(trial, {name: value})
-            except ConfigurationError as refusal:
+            except LlmtkError as refusal:
                 heard = name in str(refusal)
             if heard:
                 break
@@ -239,14 +239,9 @@ def _measured_elsewhere(trial: Trial, window: Batch) -> Measured:
     "whole window (a mean, a sort, a baseline) is made in prepare_batch.",
 )
 def cut(trial: Trial) -> None:
-    whole, *others = _cuts(trial)
+    (_, whole), *others = _cuts(trial)
     for how, found in others:
-        apart = distance(found.whole, whole[1].whole)
-        if abs(found.loss - whole[1].loss) > NEAR * max(abs(whole[1].loss), 1e-3) or apart > NEAR:
-            raise Failure(
-                f"as one micro-batch the loss is {whole[1].loss:.6g}, {how} it is {found.loss:.6g}, and the gradients "
-                f"are {apart:.1e} of their norm apart"
-            )
+        _compare(found, whole, how, "as one micro-batch")
 
 
 @check(
@@ -295,10 +290,17 @@ def packed(trial: Trial) -> None:
     if not run.scorers[None].packed:
         raise NotApplicable("the model is not scored packed here")
     window = trial.round_of(run).windows[0]
-    one, other = measure(run, window), measure(padded, window)
-    apart = distance(one.whole, other.whole)
-    if abs(one.loss - other.loss) > NEAR * max(abs(other.loss), 1e-3) or apart > NEAR:
-        raise Failure(f"packed the loss is {one.loss:.6g}, padded {other.loss:.6g}; gradients are {apart:.1e} apart")
+    _compare(measure(run, window), measure(padded, window), "packed", "padded")
+
+
+def _compare(found: Measured, wanted: Measured, how: str, otherwise: str) -> None:
+    """Fail where losses or gradients of one window are apart."""
+    apart = distance(found.whole, wanted.whole)
+    if abs(found.loss - wanted.loss) > NEAR * max(abs(wanted.loss), 1e-3) or apart > NEAR:
+        raise Failure(
+            f"{otherwise} the loss is {wanted.loss:.6g}, {how} it is {found.loss:.6g}, and the gradients are "
+            f"{apart:.1e} of their norm apart"
+        )
 
 
 class Doubled:

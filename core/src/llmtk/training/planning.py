@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from llmtk.training import optimizers
 from llmtk.training.events import Plan
 from llmtk.training.micro_batches import cut_sizes
@@ -50,8 +52,8 @@ def first_micro_batches(run: Run) -> tuple[int, int]:
     """
     config, lengths = run.config.train, run.train_lengths
     # Of a stream a global batch of rows is all that is known.
-    order = run.order.usual(0).tolist() if isinstance(run.order, RowOrder) else list(range(run.global_rows))
-    first = order[: LOOK_AHEAD * run.global_rows]
+    usual = run.order.usual(0) if isinstance(run.order, RowOrder) else np.arange(run.global_rows)
+    first = usual[: LOOK_AHEAD * run.global_rows].tolist()
     steps = [run.mine(first[start : start + run.global_rows]) for start in range(0, len(first), run.global_rows)]
     cuts = [
         cut_sizes(
