@@ -342,7 +342,8 @@ def reinforcement_settings(kind: str, folder: Path, base: Path | None) -> dict[s
     rewards = [{"file": str(REWARDS), "function": options.get("rewards", "graded")}]
     usual = {"num_generations": 3, "max_completion_length": 6, "num_iterations": 2, "mini_batches": 2}
     data = {"train": prompts[4:], "eval": prompts[:4], "max_length": 64}
-    return run | {"stage": stage, "data": data, stage: {**usual, **options, "rewards": rewards}}
+    peft = run["peft"] and {"r": 4}  # without the dropout that a run of sft has
+    return run | {"stage": stage, "data": data, "peft": peft, stage: {**usual, **options, "rewards": rewards}}
 
 
 def test_a_run_killed_in_the_midst_of_its_rounds_goes_on_bit_by_bit(nursery: Nursery, tmp_path: Path) -> None:
