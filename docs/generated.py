@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
+import re
 import sys
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
-from mkdocs.structure.files import File, Files
 
 from llmtk.cli.commands import llmtk
 from llmtk.config.described import Key, described_keys
@@ -16,12 +18,33 @@ from llmtk.config.run_config import SHARED
 from llmtk.contract import Stage
 from llmtk.host import discovery, hookspecs
 
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+ROWS = {
+    "text": {"text": "Once upon a time"},
+    "dialogue": {"messages": [{"role": "user", "content": "37+48="}, {"role": "assistant", "content": "85"}]},
+    "prompt_completion": {"prompt": "37+48=", "completion": "85"},
+    "pair": {"prompt": "37+48=", "chosen": "85", "rejected": "84"},
+    "labelled": {"prompt": "37+48=", "completion": "85", "label": True},
+    "prompt": {"prompt": "37+48=", "answer": "85"},
+}
+"""A row of each type."""
+
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages. mkdocs calls this when it has listed those that are written."""
+    from mkdocs.structure.files import File
+
     for path, text in pages().items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Put the signatures below what is written about hooks. mkdocs calls this for each page."""
+    return f"{markdown}\n{signatures()}" if page.file.src_uri == "hooks.md" else markdown
 
 
 def pages() -> dict[str, str]:
@@ -32,7 +55,6 @@ def pages() -> dict[str, str]:
         "stages/index.md": stages_page(stages),
         "configuration.md": configuration_page(next(iter(stages.items()))),
         "commands.md": commands_page(),
-        "hooks.md": hooks_page(),
     }
 
 
@@ -40,9 +62,10 @@ def stages_page(stages: dict[str, type[Stage]]) -> str:
     """Compare the stages."""
     lines = [
         "# Stages\n",
-        "What each method takes and needs. Those that need a reference keep it without a second model where they can:",
-        "an adapter that is switched off, or log-probs that are computed once (`train.precompute_reference`).\n",
-        "| stage | what it does | rows | reference | reward | writes as it trains | trains |",
+        "What each method takes and needs, and what of it is in memory beside the trained model and its optimizer. A",
+        "reference needs no second model where the policy is an adapter, which is switched off instead, nor with",
+        "`train.precompute_reference`, which computes its log-probs once.\n",
+        "| stage | what it does | rows | reference | reward | writes as it trains | in memory beside the model |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, stage in stages.items():
@@ -54,29 +77,78 @@ def stages_page(stages: dict[str, type[Stage]]) -> str:
             {"none": "", "frozen": "frozen", "changing": "moves"}[reference],
             "yes" if "reward" in stage.needs else "",
             "yes" if "generation" in stage.needs else "",
-            "a head of one value" if stage.head == "value" else "the language model",
+            ", ".join(_memory(stage)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def _memory(stage: type[Stage]) -> Iterator[str]:
+    """Say what a stage keeps in memory beside the model that it trains."""
+    if stage().reference != "none":
+        yield "the reference"
+    if "reward" in stage.needs:
+        yield "a reward model, if one is named"
+    if "generation" in stage.needs:
+        yield "a copy of the weights in the compute dtype and a cache, while it writes"
+    if stage.head == "value":
+        yield "a head of one value in place of the language model's"
+
+
 def stage_page(name: str, stage: type[Stage]) -> str:
-    """Describe a stage by its module's own words, and its options."""
-    offer = discovery.find(discovery.STAGES, name)
+    """Describe a stage by its distribution's words, its module's equation, an example and its options."""
+    module = sys.modules[stage.__module__]
+    assert module.__file__ is not None
+    readme = Path(module.__file__).with_name("README.md").read_text()
     keys = [key for key in described_keys(name, stage) if key.key.split(".")[0] == name and not key.is_section]
-    rows = ", ".join(f"`{row_type}`" for row_type in stage.row_types)
+    rows = "".join(f"    {json.dumps(ROWS[row_type])}\n" for row_type in stage.row_types)
+    honours = f" Optional keys that it honours: {', '.join(sorted(stage.honours))}." if stage.honours else ""
     return "\n".join(
         [
             f"# {name}\n",
-            f"{inspect.getdoc(sys.modules[stage.__module__])}\n",
-            f"    pip install {offer.distribution}\n    llmtk run {name}\n",
-            f"Paper: {stage.paper}. Rows: {rows}."
-            + (f" Optional keys that it honours: {', '.join(sorted(stage.honours))}." if stage.honours else ""),
-            "\n## Options\n",
+            _on_the_site(readme.split("\n", 1)[1].strip()),
+            "\n## The method\n",
+            f"Paper: {stage.paper}.\n",
+            f"{inspect.getdoc(module)}\n",
+            "## An example\n",
+            f"```yaml\n{example(name, stage)}```\n",
+            f"    llmtk run {name}.yaml\n",
+            f"A row of `rows.jsonl` is one of these, or of the [other formats](../data.md) that become it:\n\n{rows}",
+            "## Options\n",
+            f"What is under `{name}` in the configuration.{honours}\n",
             *table(keys),
             "",
         ]
     )
+
+
+def example(name: str, stage: type[Stage]) -> str:
+    """Return a configuration, in YAML: what one has to say, and the first of the stage's options at their defaults."""
+    defaults = {field: info.default for field, info in stage.Options.model_fields.items()}
+    own = [field for field in inspect.get_annotations(stage.Options) if isinstance(defaults[field], str | int | float)]
+    options = {"rewards": "numeric"} if "reward" in stage.needs else {}
+    options |= {field: defaults[field] for field in own[:3]}
+    lines = {
+        "stage": name,
+        "model": {"name_or_path": "MODEL"},
+        "data": {"train": "rows.jsonl", "eval": 0.1},
+        "train": {"num_train_epochs": 1, **stage.defaults.get("train", {})},
+        name: options,
+        "output_dir": f"runs/{name}",
+    }
+    return "".join(f"{key}: {_flow(value)}\n" for key, value in lines.items() if value)
+
+
+def _flow(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_flow(inner)}" for key, inner in value.items()) + "}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _on_the_site(readme: str) -> str:
+    """Turn links of a distribution's README into links from its page."""
+    readme = readme.replace("(../../README.md)", "(../index.md)")
+    return re.sub(r"\(\.\./\.\./docs/([\w-]+\.md)", r"(../\1", readme)
 
 
 def configuration_page(example: tuple[str, type[Stage]]) -> str:
@@ -127,13 +199,9 @@ def _helps(command: click.Command, name: str, parent: click.Context) -> Iterator
             yield from _helps(inner, below, context)
 
 
-def hooks_page() -> str:
+def signatures() -> str:
     """List every hook with its signature and what it is for."""
-    lines = [
-        "# Hooks\n",
-        "Every hook takes the run and at most one object more. A stage answers by a method of that name, a plugin by",
-        "one with `@llmtk.hookimpl`. [Writing a stage](writing-a-stage.md) says which of them a stage needs.\n",
-    ]
+    lines = []
     for spec in hookspecs.SPECS:
         lines += [f"## {_title(spec.__name__)}\n", f"{inspect.getdoc(spec)}\n"]
         lines += list(_hooks(spec))
