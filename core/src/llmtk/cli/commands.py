@@ -22,7 +22,7 @@ BUILT_IN = {
     "evaluate": "Evaluate a finished run's model.",
     "export": "Write a finished run's model for others: merged, cast, sharded.",
     "launch": "Train in several processes.",
-    "list-plugins": "List installed plugins, rewards, metrics, generators and commands.",
+    "list-plugins": "List installed plugins, rewards, metrics, generators, evaluators and commands.",
     "list-stages": "List installed training methods.",
     "new-plugin": "Write a distribution with a plugin of your own.",
     "new-reward": "Write a distribution with a reward of your own.",

@@ -1,4 +1,4 @@
-"""What installed distributions offer: stages, plugins, rewards, metrics, generators and commands.
+"""What installed distributions offer: stages, plugins, rewards, metrics, generators, evaluators and commands.
 
 Entry points say what there is. Listing reads their metadata and imports nothing of what it finds; `load` imports the
 one thing that was asked for, so a broken neighbour hurts nobody. Two distributions that claim one name are an error,
@@ -29,8 +29,9 @@ PLUGINS = "llmtk.plugins"
 REWARDS = "llmtk.rewards"
 METRICS = "llmtk.metrics"
 GENERATORS = "llmtk.generators"
+EVALUATORS = "llmtk.evaluators"
 COMMANDS = "llmtk.commands"
-GROUPS = (STAGES, PLUGINS, REWARDS, METRICS, GENERATORS, COMMANDS)
+GROUPS = (STAGES, PLUGINS, REWARDS, METRICS, GENERATORS, EVALUATORS, COMMANDS)
 
 RESERVED = frozenset(
     (
