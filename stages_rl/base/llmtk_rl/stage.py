@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmtk import Batch, ConfigurationError, DatasetError, Mean, Round, RunView, Stage, hookimpl
+from llmtk import Batch, ConfigurationError, DatasetError, Mean, NothingLeft, Round, RunView, Stage, hookimpl
 from llmtk.contract import Dataset, Row
 from llmtk.data import Prompt, refuse_rows
 from llmtk.data import Row as DataRow
@@ -146,7 +146,7 @@ class ReinforcementStage(Stage):
             )
         if not fitting:
             shortest = min(encoded["length"])
-            raise DatasetError(
+            raise NothingLeft(
                 f"None of the {len(rows)} prompts leaves room for a completion: the shortest has {shortest} tokens, "
                 f"and data.max_length ({run.max_length}) less {self.section}.max_completion_length is {room}. "
                 "Raise the one or lower the other"
