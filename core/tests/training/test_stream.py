@@ -6,6 +6,8 @@ import json
 import os
 import signal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from llmtk import ConfigurationError, LlmtkError, NothingLeft, Run, hookimpl
@@ -37,7 +39,7 @@ class Watching(Lm):
 
     def prepare_batch(self, run, rows):
         if run.model.training:
-            self.seen.append([int(row["place"].rpartition(":")[2]) for row in rows])
+            self.seen.append([int(row["place"].rpartition(":")[2].removeprefix(" row ")) for row in rows])
         return super().prepare_batch(run, rows)
 
 
@@ -81,8 +83,20 @@ def test_each_row_comes_once_an_epoch_shuffled_within_its_block(tmp_path, rows, 
     assert run.state.step == 11
 
 
+@pytest.fixture(params=["jsonl", "csv", "parquet"])
+def any_rows(request, rows, tmp_path):
+    """The same rows in a file of each kind."""
+    path = tmp_path / f"rows.{request.param}"
+    if request.param == "csv":
+        path.write_text("\n".join(["text", *(f'"{text}"' for text in TEXTS)]))
+    if request.param == "parquet":
+        pq.write_table(pa.table({"text": TEXTS}), path, row_group_size=4)
+    return str(path)
+
+
 @pytest.mark.parametrize("step", [2, 5, 8])
-def test_a_stream_goes_on_at_the_row_where_it_stopped(tmp_path, rows, folder, step):
+def test_a_stream_goes_on_at_the_row_where_it_stopped(tmp_path, any_rows, folder, step):
+    rows = any_rows
     whole = make(tmp_path / "whole", rows, folder)
     whole.train()
     with pytest.raises(Interrupted):

@@ -12,9 +12,10 @@ import numpy as np
 from llmtk.config.sections import HELD_OUT, shares_of, sources_of
 from llmtk.data.catalog import Catalog, read_catalog
 from llmtk.data.columns import rename
+from llmtk.data.files import Record
 from llmtk.data.formats import Format, named, recognise
 from llmtk.data.rows import Labelled, Pair, Row, RowError, Text, convert
-from llmtk.data.sources import Record, open_sources
+from llmtk.data.sources import open_sources
 from llmtk.errors import ConfigurationError, DatasetError
 
 if TYPE_CHECKING:
