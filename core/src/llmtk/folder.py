@@ -176,7 +176,8 @@ class RunFolder:
                 raise ConfigurationError(f"output_dir {self.path}: {parent} is a file, not a folder. Choose another")
         if self.path.is_file():
             raise ConfigurationError(f"output_dir {self.path} is a file, not a folder. Choose another")
-        if self._resume is None and self.path.is_dir() and any(self.path.iterdir()):
+        # A lock alone is what a process leaves that was ended right after it had taken the folder.
+        if self._resume is None and self.path.is_dir() and any(file.name != LOCK for file in self.path.iterdir()):
             info = self.info()
             what = f"a run of stage {info['stage']}" if "stage" in info else "files"
             raise ConfigurationError(
