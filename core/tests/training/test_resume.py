@@ -267,6 +267,23 @@ def test_plugins_get_their_own_state_back(tmp_path):
     assert twin.sum == -4
 
 
+def test_other_plugins_that_keep_state_are_refused_and_all_listed(tmp_path):
+    with pytest.raises(Interrupted):
+        make(tmp_path / "run", plugins=[Counter(), StopAt(2)]).train()
+    with pytest.raises(ConfigurationError) as caught:
+        make(tmp_path / "run", plugins=[Twin()], resume="auto").train()
+    assert str(caught.value).splitlines()[1:] == [
+        "  counter has state there, and is not among this run's plugins",
+        "  twin keeps state, and there is none of it",
+    ]
+    make(tmp_path / "run", plugins=[Counter()], resume="auto").train()  # who keeps none may change
+
+
+def test_other_plugins_of_the_configuration_are_refused(stopped):
+    with pytest.raises(ConfigurationError, match=r"other settings:\n  plugins\.early-stopping\.patience: None -> 3$"):
+        make(stopped, plugins={"early-stopping": {"patience": 3}}, resume="auto").train()
+
+
 def test_state_that_is_not_data_is_refused_with_the_plugins_name(tmp_path):
     class Objects:
         name = "objects"
