@@ -215,6 +215,8 @@ class Stage:
     head: ClassVar[Literal["language", "value"]] = "language"
     """The head of the model that is trained: a language model's, or one of one value a token (transformers'
     sequence classification with one label), which `run.values` asks."""
+    may_change: ClassVar[tuple[str, ...]] = ()
+    """Which of its own options a resumed run may change; of the others it refuses any change."""
     once: ClassVar[tuple[str, ...]] = ()
     """Which of its own options are said to one start of a run alone, as what overrides a refusal to go on is: the run's
     folder does not keep them, and the next resume begins without."""

@@ -206,12 +206,13 @@ class RunFolder:
         """Refuse to go on with other settings or other data. ConfigurationError lists what differs."""
         stored = flat(read_file(self.path / CONFIG))
         given = flat(_settings(run))
+        may_change = (*MAY_CHANGE, *(f"{run.stage_name}.{name}" for name in run.stage.may_change))
         keys = sorted(stored.keys() | given.keys())
         changed = [
             f"  {key}: {stored.get(key)!r} -> {given.get(key)!r}"
             for key, following in zip(keys, [*keys[1:], ""], strict=True)
             if stored.get(key) != given.get(key)
-            and not key.startswith(MAY_CHANGE)
+            and not key.startswith(may_change)
             and not following.startswith(f"{key}.")  # an empty section, and what stands in it now
         ]
         if (was := self.info().get("data")) and was != _data_hashes(run):
