@@ -256,7 +256,7 @@ class PeftConfig(Section):
 
     method: Literal["lora"] = "lora"
     """The method."""
-    r: int = Field(16, ge=1)
+    r: int = Field(16, ge=1, le=2**16)
     """Rank of the update."""
     lora_alpha: float = Field(32, gt=0)
     """The update is scaled by lora_alpha / r."""
