@@ -3,12 +3,12 @@
     python nursery.py
 
 It reads a task as a line of JSON from stdin, {"log": FILE, "run": {...} or "words": [...], "die_at": N or null,
-"pause_at": STEP or null, "die_in": [MOMENT, N] or null}, answers `process` with the child's id and, when the child is
-gone, `status` with what `waitpid` gave. The child makes `llmtk.Run(**run)` and trains, or runs the command `llmtk
-WORDS`. With `die_at` it kills itself, as `kill -9` does, right before its N-th operation on a file below the run's
-folder: an opening, making, renaming, cutting or removing; of an opening to write, half of the times when the file is
-already emptied. Its log ends with their number. With `die_in` it does so when it comes to a moment of `MOMENTS` for the
-N-th time.
+"pause_at": STEP or null, "die_in": [MOMENT, N] or null, "signal_in": [MOMENT, N, SIGNAL] or null}, answers `process`
+with the child's id and, when the child is gone, `status` with what `waitpid` gave. The child makes `llmtk.Run(**run)`
+and trains, or runs the command `llmtk WORDS`. With `die_at` it kills itself, as `kill -9` does, right before its N-th
+operation on a file below the run's folder: an opening, making, renaming, cutting or removing; of an opening to write,
+half of the times when the file is already emptied. Its log ends with their number. With `die_in` it does so when it
+comes to a moment of `MOMENTS` for the N-th time; with `signal_in` it sends itself another signal then.
 """
 
 from __future__ import annotations
@@ -81,17 +81,21 @@ STAGES: dict[str, Any] = {"three-windows": ThreeWindows, "pausing": Pausing}
 
 
 MOMENTS = {
+    "reading": ("llmtk.data", "read_splits"),
+    "loading": ("llmtk.training.setup", "_load_models"),
+    "opening": ("llmtk.folder", "RunFolder._write_facts"),
     "generation": ("llmtk.generation.sampling", "Stopping.ends"),
     "rewards": ("llmtk_rl.rewards", "Rewards.__call__"),
     "scoring": ("llmtk.run", "Run.score_window"),
     "windows": ("llmtk.training.loop", "_finish_step"),
 }
-"""What happens in the midst of a round, more than once: a token is written, completions are rewarded, a window is
+"""What happens once, while a run is set up: rows are read, a model is loaded, the folder is locked but holds nothing.
+And what happens in the midst of a round, more than once: a token is written, completions are rewarded, a window is
 scored, a step is over but not yet saved."""
 
 
-def die_in(moment: str, at: int) -> None:
-    """Have this process killed when it comes to a moment for the N-th time."""
+def signal_in(moment: str, at: int, number: int) -> None:
+    """Have a signal sent to this process when it comes to a moment for the N-th time."""
     module, name = MOMENTS[moment]
     owner: Any = importlib.import_module(module)
     *path, name = name.split(".")
@@ -103,7 +107,7 @@ def die_in(moment: str, at: int) -> None:
         nonlocal count
         count += 1
         if count == at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return function(*args, **kwargs)
 
     setattr(owner, name, counted)
@@ -133,12 +137,14 @@ def work(task: dict[str, Any]) -> int:
     """Do a task in this process, and return its exit code."""
     if task.get("pause_at") is not None:
         os.environ["PAUSE_AT"] = str(task["pause_at"])
+    if task.get("die_in"):
+        signal_in(*task["die_in"], signal.SIGKILL)
+    if task.get("signal_in"):
+        signal_in(*task["signal_in"])
     if task.get("words"):
         from llmtk.cli import call
 
         return call(task["words"])
-    if task.get("die_in"):
-        die_in(*task["die_in"])
     settings = dict(task["run"])
     operations = Operations(settings["output_dir"], task.get("die_at"))
     sys.addaudithook(operations)

@@ -497,6 +497,23 @@ def test_the_command_as_a_user_starts_it(long_run: tuple[Path, Path], tmp_path: 
     assert "Traceback" not in errors
 
 
+@pytest.mark.parametrize("moment", ["reading", "loading", "opening"])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, signal.SIGTERM.value), (signal.SIGINT, 130 * 256)])
+def test_a_signal_while_a_run_is_set_up_ends_it_at_once_and_leaves_nothing(
+    nursery: Nursery, long_run: tuple[Path, Path], tmp_path: Path, moment: str, number: signal.Signals, status: int
+) -> None:
+    """A shell tells 143 for SIGTERM. The same command starts the run afterwards."""
+    config, _ = long_run
+    words = ["run", str(config), f"output_dir={tmp_path / 'run'}", "train.max_steps=1"]
+    nursery.begin(words=words, signal_in=[moment, 1, number])
+    assert nursery.end() == status, nursery.said()
+    assert "Traceback" not in nursery.said()
+    assert [file.name for file in (tmp_path / "run").glob("*")] == ([".lock"] if moment == "opening" else [])
+    if moment == "opening":
+        nursery.begin(words=words)
+        assert nursery.end() == 0, nursery.said()
+
+
 @pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
 def test_a_second_signal_ends_the_run_at_once(
     nursery: Nursery, tmp_path: Path, numbers: tuple[signal.Signals, signal.Signals]

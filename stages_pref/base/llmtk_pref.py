@@ -19,6 +19,7 @@ from llmtk import (
     Demo,
     Group,
     Mean,
+    NothingLeft,
     RunView,
     Section,
     Stage,
@@ -72,6 +73,8 @@ def without_identical(run: RunView, rows: Sequence[DataRow], then: str) -> list[
             raise DatasetError(
                 f"{told}. Take them out, or let them be left out: identical_pairs: drop in the stage's section"
             )
+        if len(identical) == len(rows):
+            raise NothingLeft(f"{told}, and no row is left")
         run.notify(f"{told} and are left out.")
     return [row for row in rows if not isinstance(row, Pair) or row.chosen != row.rejected]
 

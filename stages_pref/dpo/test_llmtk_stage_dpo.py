@@ -423,6 +423,8 @@ def test_equal_answers_are_left_out_or_refused(tmp_path: Path, capsys: pytest.Ca
     assert "1 of 9 pairs have equal answers (row 9) and are left out" in capsys.readouterr().out
     with pytest.raises(DatasetError, match=r"1 of 9 pairs have equal answers \(row 9\)"):
         make(tmp_path / "refused", {"identical_pairs": "refuse"}, rows=rows).train()
+    with pytest.raises(DatasetError, match=r"^data\.train: 1 of 1 pairs have equal answers \(row 1\), and no row is"):
+        make(tmp_path / "none", rows=rows[-1:]).train()
 
 
 def test_it_learns_the_preferences(tmp_path: Path) -> None:

@@ -134,6 +134,10 @@ def test_a_reward_file_that_has_changed_is_refused_on_resume_unless_that_is_mean
         Run("grpo", resume="auto", output_dir=str(first.output_dir)).train()
     again = Run("grpo", resume="auto", output_dir=str(first.output_dir), grpo={"reward_changed": True})
     assert again.train().steps == 4
+    assert "reward_changed" not in (first.output_dir / "config.yaml").read_text()
+    Path(graded["file"]).write_text("def score(completions):\n    return [0.5 for c in completions]\n")
+    with pytest.raises(ConfigurationError, match=r"graded\.py has changed"):  # the override was for one resume
+        Run("grpo", resume="auto", output_dir=str(first.output_dir)).train()
 
 
 def test_a_reward_file_that_changes_in_the_midst_of_a_run_changes_nothing(make: Any, graded: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from llmtk.errors import (
     DatasetError,
     LlmtkError,
     ModelLoadError,
+    NothingLeft,
     PluginError,
     TrainingError,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "Mean",
     "ModelLoadError",
     "Models",
+    "NothingLeft",
     "PluginError",
     "Round",
     "Run",

@@ -217,6 +217,9 @@ class Stage:
     sequence classification with one label), which `run.values` asks."""
     may_change: ClassVar[tuple[str, ...]] = ()
     """Which of its own options a resumed run may change; of the others it refuses any change."""
+    once: ClassVar[tuple[str, ...]] = ()
+    """Which of its own options are said to one start of a run alone, as what overrides a refusal to go on is: the run's
+    folder does not keep them, and the next resume begins without."""
     dropout: ClassVar[bool] = False
     """Whether the model's dropout stays on unless the user says otherwise."""
     defaults: ClassVar[Mapping[str, Any]] = {}

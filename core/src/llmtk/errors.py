@@ -31,6 +31,10 @@ class DatasetError(LlmtkError):
     exit_code = 2
 
 
+class NothingLeft(DatasetError):
+    """Rows none of which is left, once those that do not fit are left out."""
+
+
 class ModelLoadError(LlmtkError):
     """A model, tokenizer or adapter that cannot be loaded or built."""
 

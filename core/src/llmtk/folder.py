@@ -176,7 +176,8 @@ class RunFolder:
                 raise ConfigurationError(f"output_dir {self.path}: {parent} is a file, not a folder. Choose another")
         if self.path.is_file():
             raise ConfigurationError(f"output_dir {self.path} is a file, not a folder. Choose another")
-        if self._resume is None and self.path.is_dir() and any(self.path.iterdir()):
+        # A lock alone is what a process leaves that was ended right after it had taken the folder.
+        if self._resume is None and self.path.is_dir() and any(file.name != LOCK for file in self.path.iterdir()):
             info = self.info()
             what = f"a run of stage {info['stage']}" if "stage" in info else "files"
             raise ConfigurationError(
@@ -206,10 +207,13 @@ class RunFolder:
         stored = flat(read_file(self.path / CONFIG))
         given = flat(_settings(run))
         may_change = (*MAY_CHANGE, *(f"{run.stage_name}.{name}" for name in run.stage.may_change))
+        keys = sorted(stored.keys() | given.keys())
         changed = [
             f"  {key}: {stored.get(key)!r} -> {given.get(key)!r}"
-            for key in sorted(stored.keys() | given.keys())
-            if stored.get(key) != given.get(key) and not key.startswith(may_change)
+            for key, following in zip(keys, [*keys[1:], ""], strict=True)
+            if stored.get(key) != given.get(key)
+            and not key.startswith(may_change)
+            and not following.startswith(f"{key}.")  # an empty section, and what stands in it now
         ]
         if (was := self.info().get("data")) and was != _data_hashes(run):
             changed.append("  the rows themselves: the data has changed since the checkpoint was written")
@@ -251,7 +255,10 @@ def _folder_of_checkpoint(checkpoint: Path, output_dir: str | None) -> Path:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """Return the resolved configuration as a mapping, rows given in Python replaced by their number."""
+    """Return the resolved configuration as a mapping, rows given in Python replaced by their number.
+
+    What the stage is told but once stands not in it.
+    """
     from llmtk.config.run_config import spelt_out
     from llmtk.config.sections import HELD_OUT
 
@@ -260,6 +267,8 @@ def _settings(run: Run) -> dict[str, Any]:
         rows = getattr(run.config.data, split)
         if isinstance(rows, list) and rows and isinstance(rows[0], dict):
             settings["data"][split] = f"({len(rows)} rows given in Python)"
+    for name in run.stage.once:
+        settings.get(run.stage_name, {}).pop(name, None)
     return settings
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +21,7 @@ from llmtk.batch import Batch, Mean
 from llmtk.config.reading import merge
 from llmtk.config.run_config import RunConfig, resolve
 from llmtk.contract import REFERENCE, Data, Dataset, Row, Stage
-from llmtk.errors import ConfigurationError, LlmtkError
+from llmtk.errors import ConfigurationError, DatasetError, LlmtkError
 from llmtk.folder import RunFolder
 from llmtk.generation import Completion, Engine, Sampling
 from llmtk.generation.engines import engine_of
@@ -156,6 +156,7 @@ class Run:
         self.opened: nn.Module | None = None
         self._signal: int | None = None
         self._said: set[str] = set()
+        self._subject = ""
         self._speed = Speed()
         self.whole_weights: dict[str, Tensor] | None = None
         self.precomputed: Precomputed | None = None
@@ -394,9 +395,22 @@ class Run:
 
     def notify(self, message: str) -> None:
         """Say something to the user, once."""
+        message = f"{self._subject}{message}"
         if message not in self._said:
             self._said.add(message)
             self.console.say(message)
+
+    @contextlib.contextmanager
+    def speaking_of(self, subject: str) -> Iterator[None]:
+        """Put a subject before all that is said meanwhile, and before the error of data that cannot be used."""
+        before, self._subject = self._subject, f"{subject}: "
+        try:
+            yield
+        except DatasetError as error:
+            error.args = (f"{subject}: {error}",)
+            raise
+        finally:
+            self._subject = before
 
     # What the loop needs
 

@@ -107,9 +107,7 @@ def test_rows_that_are_too_long_can_be_left_out(tokenizer: Any) -> None:
 def test_no_row_left_is_an_error_that_says_why(tokenizer: Any) -> None:
     with pytest.raises(DatasetError) as caught:
         encode(LONG[2:], tokenizer, config(max_length=4))
-    assert str(caught.value) == (
-        "None of the 1 rows is left to train on.\nRows left out, no target within max_length, 4: 1 (d.jsonl:3)."
-    )
+    assert str(caught.value) == ("No row is left, of 1.\nRows left out, no target within max_length, 4: 1 (d.jsonl:3).")
 
 
 def test_a_token_beyond_the_vocabulary_names_its_row(tokenizer: Any) -> None:

@@ -238,7 +238,7 @@ def test_what_the_run_says_goes_over_the_catalog(tmp_path: Path) -> None:
     own = SourceConfig(path="sums", columns={"question": "instruction", "answer": "output"}, weight=2)
     splits = read_splits(DataConfig(train=own, catalog=catalog(tmp_path)), SFT, seed=0)
     assert isinstance(splits.train[0], Dialogue)
-    assert splits.mixture == [(4, 2.0)]
+    assert [source[:2] for source in splits.mixture] == [(4, 2.0)]
 
 
 @pytest.mark.parametrize(
@@ -268,9 +268,9 @@ def test_weights_are_kept_by_source_also_where_rows_are_held_out(tmp_path: Path)
     a = jsonl(tmp_path / "a.jsonl", [{"text": f"a{n}"} for n in range(10)])
     b = jsonl(tmp_path / "b.jsonl", [{"text": f"b{n}"} for n in range(10)])
     splits = read_splits(DataConfig(train=[SourceConfig(path=a, weight=2), b], eval=0.25), ("text",), seed=3)
-    assert [weight for _, weight in splits.mixture] == [2, 1]
+    assert [source.weight for source in splits.mixture] == [2, 1]
     first = sum(row.text.startswith("a") for row in splits.train if isinstance(row, Text))
-    assert [count for count, _ in splits.mixture] == [first, 15 - first]
+    assert [source.rows for source in splits.mixture] == [first, 15 - first]
     assert read_splits(DataConfig(train=[a, b]), ("text",), seed=3).mixture == []
 
 

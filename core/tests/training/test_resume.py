@@ -108,30 +108,56 @@ class Signalled(Lm):
     """Sends a signal during the evaluation after a step, in the first of its two windows."""
 
     at = None
+    number = signal.SIGTERM
 
     def evaluate_batch(self, run, batch):
         if run.step == type(self).at:
             type(self).at = None
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
         return super().evaluate_batch(run, batch)
 
 
-@pytest.mark.parametrize("step", [2, 4])
-def test_an_evaluation_cut_short_is_made_when_the_run_goes_on(tmp_path, step):
+@pytest.mark.parametrize(("step", "signalled"), [(2, signal.SIGINT), (2, signal.SIGTERM), (4, signal.SIGTERM)])
+def test_an_evaluation_cut_short_is_made_when_the_run_goes_on(tmp_path, step, signalled):
     """In the middle of the run, and after its last step."""
 
     class Here(Signalled):
         name = "lm"
+        number = signalled
 
     settings = {"eval": EVAL, "eval_strategy": "steps", "eval_steps": 2, "per_device_train_batch_size": 2}
     whole = make(tmp_path / "whole", Here, logging_steps=1, **settings)
     whole.train()
     Here.at = step
-    with pytest.raises(Interrupted, match=f"after step {step}"):
+    with pytest.raises(Interrupted, match=f"{signalled.name} stopped the run after step {step}"):
         make(tmp_path / "parts", Here, logging_steps=1, **settings).train()
     assert [line["step"] for line in lines(whole) if "eval_loss" in line] == [2, 4]
     parts = make(tmp_path / "parts", Here, logging_steps=1, resume="auto", **settings)
     assert parts.train().steps == 4
+    assert_same_run(whole, parts)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("within", ["write_tensors", "save_rank", "commit", "_sync", "prune"])
+def test_a_save_ends_whole_though_a_signal_comes_in_its_midst(tmp_path, monkeypatch, within, number):
+    settings = {"save_steps": 2, "max_steps": 5, "save_total_limit": 2, "logging_steps": 1}
+    whole = make(tmp_path / "whole", **settings)
+    whole.train()
+    do, pending = getattr(checkpoints, within), [number]
+
+    def signalled(*given, **named):
+        if pending:
+            os.kill(os.getpid(), pending.pop())
+        return do(*given, **named)
+
+    monkeypatch.setattr(checkpoints, within, signalled)
+    with pytest.raises(Interrupted, match=f"{number.name} stopped the run after step 3"):
+        make(tmp_path / "parts", **settings).train()
+    left = checkpoints.list_checkpoints(tmp_path / "parts" / "checkpoints")
+    assert [step for step, _ in left] == [2, 3]
+    assert [checkpoints.verify(path) for _, path in left] == [None, None]
+    parts = make(tmp_path / "parts", resume=str(left[0][1]), **settings)
+    assert parts.train().steps == 5
     assert_same_run(whole, parts)
 
 
@@ -239,6 +265,23 @@ def test_plugins_get_their_own_state_back(tmp_path):
     assert second.mean.dtype == torch.bfloat16
     assert torch.equal(second.mean, whole.mean)
     assert twin.sum == -4
+
+
+def test_other_plugins_that_keep_state_are_refused_and_all_listed(tmp_path):
+    with pytest.raises(Interrupted):
+        make(tmp_path / "run", plugins=[Counter(), StopAt(2)]).train()
+    with pytest.raises(ConfigurationError) as caught:
+        make(tmp_path / "run", plugins=[Twin()], resume="auto").train()
+    assert str(caught.value).splitlines()[1:] == [
+        "  counter has state there, and is not among this run's plugins",
+        "  twin keeps state, and there is none of it",
+    ]
+    make(tmp_path / "run", plugins=[Counter()], resume="auto").train()  # who keeps none may change
+
+
+def test_other_plugins_of_the_configuration_are_refused(stopped):
+    with pytest.raises(ConfigurationError, match=r"other settings:\n  plugins\.early-stopping\.patience: None -> 3$"):
+        make(stopped, plugins={"early-stopping": {"patience": 3}}, resume="auto").train()
 
 
 def test_state_that_is_not_data_is_refused_with_the_plugins_name(tmp_path):

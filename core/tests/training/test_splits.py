@@ -6,16 +6,20 @@ import json
 
 import pytest
 
-from llmtk import ConfigurationError, Run, hookimpl
+from llmtk import ConfigurationError, NothingLeft, Run, hookimpl
 
 from .kit import EVAL, LLAMA, ROWS, Lm, make
 
 TESTED = [{"text": "a text that nobody has seen"}, {"text": "and another"}]
 
 
-def run_on(path, **data):
+class Answers(Lm):
+    row_types = ("prompt_completion",)
+
+
+def run_on(path, stage=Lm, **data):
     return Run(
-        Lm,
+        stage,
         model={"from_config": LLAMA, "tokenizer": {"kind": "byte"}},
         data={"max_length": 64, **data},
         train={"bf16": False, "per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 1e-2},
@@ -76,6 +80,26 @@ def test_data_can_be_looked_at_without_a_model_and_nothing_is_written(tmp_path):
     assert (len(data.train), len(data.eval), data.test) == (12, 3, None)
     assert not hasattr(run, "model")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_becomes_of_rows_is_said_of_each_split_and_of_each_source_with_a_weight(tmp_path, capsys):
+    rows = [{"prompt": "a" * 30, "completion": "b" * 70}, {"prompt": "a", "completion": "b"}]
+    heavy, light = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows)
+    run_on(tmp_path / "run", stage=Answers, train=rows, eval=rows, test=rows[1:]).load_data()
+    cut = "Rows cut at max_length, 64 tokens: 1."
+    assert capsys.readouterr().out.splitlines() == [f"data.train: {cut}", f"data.eval: {cut}"]
+    run_on(tmp_path / "run", stage=Answers, train=[{"path": heavy, "weight": 2}, light]).load_data()
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [f"data.train, {heavy}: {cut}", f"data.train, {light}: {cut}"]
+
+
+def test_a_split_of_which_nothing_is_left_is_named(tmp_path):
+    long = [{"prompt": "a" * 70, "completion": "b"}]
+    with pytest.raises(NothingLeft) as caught:
+        run_on(tmp_path / "run", stage=Answers, train=[{"prompt": "a", "completion": "b"}], eval=long).load_data()
+    assert str(caught.value) == (
+        "data.eval: No row is left, of 1.\nRows left out, no target within max_length, 64: 1 (row 1)."
+    )
 
 
 class Curriculum:

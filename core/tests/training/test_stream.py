@@ -6,9 +6,11 @@ import json
 import os
 import signal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from llmtk import ConfigurationError, LlmtkError, Run, hookimpl
+from llmtk import ConfigurationError, LlmtkError, NothingLeft, Run, hookimpl
 from llmtk.contract import Data
 from llmtk.data import stream
 from llmtk.run import Interrupted
@@ -37,7 +39,7 @@ class Watching(Lm):
 
     def prepare_batch(self, run, rows):
         if run.model.training:
-            self.seen.append([int(row["place"].rpartition(":")[2]) for row in rows])
+            self.seen.append([int(row["place"].rpartition(":")[2].removeprefix(" row ")) for row in rows])
         return super().prepare_batch(run, rows)
 
 
@@ -81,8 +83,20 @@ def test_each_row_comes_once_an_epoch_shuffled_within_its_block(tmp_path, rows, 
     assert run.state.step == 11
 
 
+@pytest.fixture(params=["jsonl", "csv", "parquet"])
+def any_rows(request, rows, tmp_path):
+    """The same rows in a file of each kind."""
+    path = tmp_path / f"rows.{request.param}"
+    if request.param == "csv":
+        path.write_text("\n".join(["text", *(f'"{text}"' for text in TEXTS)]))
+    if request.param == "parquet":
+        pq.write_table(pa.table({"text": TEXTS}), path, row_group_size=4)
+    return str(path)
+
+
 @pytest.mark.parametrize("step", [2, 5, 8])
-def test_a_stream_goes_on_at_the_row_where_it_stopped(tmp_path, rows, folder, step):
+def test_a_stream_goes_on_at_the_row_where_it_stopped(tmp_path, any_rows, folder, step):
+    rows = any_rows
     whole = make(tmp_path / "whole", rows, folder)
     whole.train()
     with pytest.raises(Interrupted):
@@ -90,6 +104,23 @@ def test_a_stream_goes_on_at_the_row_where_it_stopped(tmp_path, rows, folder, st
     parts = make(tmp_path / "parts", rows, folder, resume="auto")
     parts.train()
     assert_same_run(whole, parts)
+
+
+class Answers(Watching):
+    row_types = ("prompt_completion",)
+
+
+def test_a_block_of_which_nothing_is_left_is_passed_over_but_for_the_first(tmp_path, folder, capsys):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a" * (70 if 5 <= n < 10 else 1), "completion": "b"} for n in range(12)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    run = make(tmp_path / "run", str(path), folder, stage=Answers, data={"eval": rows[:1]}, max_steps=3)
+    run.train()
+    assert [len(batch) for batch in run.stage.seen] == [3, 3, 1]
+    assert "left out" not in capsys.readouterr().out
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows[5:]))
+    with pytest.raises(NothingLeft, match=r"^data\.train: No row is left, of 5"):
+        make(tmp_path / "none", str(path), folder, stage=Answers, data={"eval": rows[:1]}).train()
 
 
 def test_data_that_have_another_size_are_refused(tmp_path, rows, folder):

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmtk import Batch, ConfigurationError, DatasetError, Mean, Round, RunView, Stage, hookimpl
+from llmtk import Batch, ConfigurationError, DatasetError, Mean, NothingLeft, Round, RunView, Stage, hookimpl
 from llmtk.contract import Dataset, Row
 from llmtk.data import Prompt, refuse_rows
 from llmtk.data import Row as DataRow
@@ -53,7 +53,7 @@ class ReinforcementOptions(RewardOptions):
     mask_truncated_completions: bool = False
     """Take no loss on completions that did not end by themselves. They still count in their group's mean."""
     reward_changed: bool = False
-    """Go on from a checkpoint although a reward's file has changed since."""
+    """Go on from a checkpoint although a reward's file has changed since. Said to one resume, and not kept."""
 
     @property
     def kl_weight(self) -> float:
@@ -77,7 +77,7 @@ class ReinforcementStage(Stage):
 
     row_types = ("prompt",)
     needs = frozenset({"reward", "generation"})
-    may_change = ("reward_changed",)
+    once = ("reward_changed",)
     # The loss says nothing of how good a policy is: its advantages are relative.
     defaults = {"train": {"learning_rate": 1e-6, "metric_for_best_model": "reward"}}
     section: ClassVar[str]
@@ -146,7 +146,7 @@ class ReinforcementStage(Stage):
             )
         if not fitting:
             shortest = min(encoded["length"])
-            raise DatasetError(
+            raise NothingLeft(
                 f"None of the {len(rows)} prompts leaves room for a completion: the shortest has {shortest} tokens, "
                 f"and data.max_length ({run.max_length}) less {self.section}.max_completion_length is {room}. "
                 "Raise the one or lower the other"

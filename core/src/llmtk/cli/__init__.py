@@ -18,6 +18,11 @@ from llmtk.errors import LlmtkError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_LESS = (
+    "Less is taken by a smaller train.per_device_train_batch_size with more train.gradient_accumulation_steps, a "
+    "smaller data.max_length, train.gradient_checkpointing, an adapter (peft) or model.quantization. "
+    "llmtk plan, with the words of llmtk run, estimates what a run takes."
+)
 _REPORT = "This is a fault in llmtk or a plugin. Run again with --debug for the traceback; please report it."
 
 
@@ -61,5 +66,13 @@ def _say(error: Exception) -> int:
     if isinstance(error, LlmtkError):
         click.echo(f"error: {error}", err=True)
         return error.exit_code
+    if _is_want_of_memory(error):
+        click.echo(f"error: not enough memory: {str(error).strip().splitlines()[0]}\n{_LESS}", err=True)
+        return 1
     click.echo(f"error: {type(error).__name__}: {error}\n{_REPORT}", err=True)
     return 1
+
+
+def _is_want_of_memory(error: Exception) -> bool:
+    """Tell torch's errors, on a device or in the host's memory, without importing torch."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)

@@ -190,8 +190,8 @@ class DataConfig(Section):
     template: str | None = None
     """The chat template: a file, or `chatml`. By default the tokenizer's own."""
     streaming: bool = False
-    """Read the training data as they go, for what memory cannot hold: .jsonl files and data sets on the hub. Rows are
-    shuffled within blocks of 1,024; bad ones are told when they come. Needs train.max_steps."""
+    """Read the training data as they go, for what memory cannot hold: JSONL, CSV and Parquet files and data sets on the
+    hub. Rows are shuffled within blocks of 1,024; bad ones are told when they come. Needs train.max_steps."""
     num_proc: int = Field(default=1, ge=1)
     """Processes in which rows are put through the template and tokenised. More pay for very many dialogues."""
     cache: bool | None = None
@@ -256,7 +256,7 @@ class PeftConfig(Section):
 
     method: Literal["lora"] = "lora"
     """The method."""
-    r: int = Field(16, ge=1)
+    r: int = Field(16, ge=1, le=2**16)
     """Rank of the update."""
     lora_alpha: float = Field(32, gt=0)
     """The update is scaled by lora_alpha / r."""

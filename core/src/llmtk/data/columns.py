@@ -9,7 +9,7 @@ from llmtk.errors import DatasetError, suggest
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from llmtk.data.sources import Record
+    from llmtk.data.files import Record
 
 
 def rename(name: str, records: Sequence[Record], columns: Mapping[str, str | None]) -> list[Record]:

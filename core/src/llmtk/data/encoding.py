@@ -12,7 +12,7 @@ from llmtk.config.unused import is_given
 from llmtk.data.encoders import ENCODERS, AnyEncoded, Context, EncodedPrompt, EncodingReport
 from llmtk.data.processes import in_processes
 from llmtk.data.rows import Labelled, Pair, Prompt, Text
-from llmtk.errors import ConfigurationError, DatasetError
+from llmtk.errors import ConfigurationError, DatasetError, NothingLeft
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -60,8 +60,9 @@ def encode(
 
     ``vocab_size`` is the number of the model's embeddings, if it is known.
 
-    Raises :class:`DatasetError` where a row cannot be rendered, holds a token beyond the vocabulary, or no row is left,
-    and :class:`ConfigurationError` for want of a chat template or an end token.
+    Raises :class:`DatasetError` where a row cannot be rendered or holds a token beyond the vocabulary,
+    :class:`NothingLeft` where no row is left, and :class:`ConfigurationError` for want of a chat template or an end
+    token.
     """
     _refuse_unused(config, {row.type for row in rows})
     report = EncodingReport()
@@ -73,7 +74,7 @@ def encode(
             tables.append(table)
     _say(report, config)
     if not tables:
-        raise DatasetError("\n".join([f"None of the {len(rows)} rows is left to train on.", *report.notices]))
+        raise NothingLeft("\n".join([f"No row is left, of {len(rows)}.", *report.notices]))
     return _dataset(tables), report
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from llmtk.config.sections import SourceConfig
-    from llmtk.data.sources import Record
+    from llmtk.data.files import Record
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 

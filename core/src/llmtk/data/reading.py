@@ -12,9 +12,10 @@ import numpy as np
 from llmtk.config.sections import HELD_OUT, shares_of, sources_of
 from llmtk.data.catalog import Catalog, read_catalog
 from llmtk.data.columns import rename
+from llmtk.data.files import Record
 from llmtk.data.formats import Format, named, recognise
 from llmtk.data.rows import Labelled, Pair, Row, RowError, Text, convert
-from llmtk.data.sources import Record, open_sources
+from llmtk.data.sources import open_sources
 from llmtk.errors import ConfigurationError, DatasetError
 
 if TYPE_CHECKING:
@@ -35,8 +36,16 @@ class Splits:
     eval: list[Row] | None
     notices: list[str] = field(default_factory=list)
     test: list[Row] | None = None
-    mixture: list[tuple[int, float]] = field(default_factory=list)
-    """(rows, weight) of each source of the training rows, in their order; empty where each row comes once an epoch."""
+    mixture: list[Share] = field(default_factory=list)
+    """The sources of the training rows, in their order; empty where each row comes once an epoch."""
+
+
+class Share(NamedTuple):
+    """A source of a mixture: how many rows it has, how often each comes in an epoch, and its path."""
+
+    rows: int
+    weight: float
+    path: str
 
 
 def refuse_rows(problems: Sequence[str], total: int) -> None:
@@ -63,14 +72,13 @@ class Reading:
     """Place, and what is wrong there."""
     notices: list[str] = field(default_factory=list)
 
-    def parts(self, given: Any) -> list[tuple[list[Row], float]]:
-        """Return the rows of each source, and its weight. Raises :class:`DatasetError` for one that cannot be read."""
-        opened = open_sources(given, self.catalog)
-        return [(self.read(source, records)[0], source.weight) for source, records in opened]
+    def parts(self, given: Any) -> list[tuple[SourceConfig, list[Row]]]:
+        """Return each source and its rows. Raises :class:`DatasetError` for one that cannot be read."""
+        return [(source, self.read(source, records)[0]) for source, records in open_sources(given, self.catalog)]
 
     def rows(self, given: Any) -> list[Row]:
         """Return the rows of all sources."""
-        return [row for rows, _ in self.parts(given) for row in rows]
+        return [row for _, rows in self.parts(given) for row in rows]
 
     def refuse_bad(self) -> None:
         """Raise :class:`DatasetError` if any row cannot be used: the first ten, then a count."""
@@ -133,7 +141,7 @@ def read_splits(config: DataConfig, row_types: Sequence[str], *, seed: int) -> S
     reading = reading_of(config, row_types)
     parts, held = read_sources(config, reading)
     reading.refuse_bad()
-    train = [_Tagged(number, row) for number, (rows, _) in enumerate(parts) for row in rows]
+    train = [_Tagged(number, row) for number, (_, rows) in enumerate(parts) for row in rows]
     notices, left = reading.notices, 1.0
     for name, share in shares_of(config).items():
         # Of what is left, as large a part as the share is of the whole.
@@ -141,11 +149,13 @@ def read_splits(config: DataConfig, row_types: Sequence[str], *, seed: int) -> S
         train, held[name], left = split.kept, [item.row for item in split.held], left - share
         notices, seed = notices + split.notices, seed + 1
     rows = [item.row for item in train]
-    return Splits(rows, held.get("eval"), notices, held.get("test"), _mixture(train, [weight for _, weight in parts]))
+    return Splits(rows, held.get("eval"), notices, held.get("test"), _mixture(train, [source for source, _ in parts]))
 
 
-def read_sources(config: DataConfig, reading: Reading) -> tuple[list[tuple[list[Row], float]], dict[str, list[Row]]]:
-    """Return the rows and the weight of each training source, and the rows of each other split that has sources."""
+def read_sources(
+    config: DataConfig, reading: Reading
+) -> tuple[list[tuple[SourceConfig, list[Row]]], dict[str, list[Row]]]:
+    """Return each training source and its rows, and the rows of each other split that has sources."""
     if config.train is None:
         raise ConfigurationError(NO_DATA)
     parts = [] if config.streaming else reading.parts(config.train)
@@ -193,12 +203,12 @@ class _Split(NamedTuple):
     notices: list[str]
 
 
-def _mixture(rows: list[_Tagged], weights: list[float]) -> list[tuple[int, float]]:
-    """Return how many rows of each source there are, and its weight; nothing where all weigh 1."""
-    if all(weight == 1 for weight in weights):
+def _mixture(rows: list[_Tagged], sources: list[SourceConfig]) -> list[Share]:
+    """Return the sources that rows are left of; nothing where all weigh 1."""
+    if all(source.weight == 1 for source in sources):
         return []
     counts = Counter(item.source for item in rows)
-    return [(counts[number], weight) for number, weight in enumerate(weights) if counts[number]]
+    return [Share(counts[n], source.weight, source.path) for n, source in enumerate(sources) if counts[n]]
 
 
 def _hold_out(rows: list[_Tagged], share: float, key: str, seed: int) -> _Split:

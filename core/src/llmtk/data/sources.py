@@ -1,45 +1,19 @@
-"""Where records come from: files, read by their suffix, data sets of the `datasets` library, or Python objects.
-
-A new kind of file is one function under :func:`reader`.
-"""
+"""Where records come from: files, data sets of the `datasets` library, or Python objects."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmtk.config.sections import SourceConfig
 from llmtk.data.catalog import Catalog, look_up
+from llmtk.data.files import READERS, Record, columns_of, read_file
 from llmtk.data.hub import is_hub_name, is_saved, read_hub, read_saved, refuse
-from llmtk.data.rows import Cell, RowError, kind
 from llmtk.errors import DatasetError, suggest
-
-Record = tuple[str, dict[str, Any] | RowError]
-"""A record's place, and its columns or what is wrong with it. One bad record doesn't hide the next."""
-
-Reader = Callable[[str, bytes], Iterator[Record]]
-READERS: dict[str, Reader] = {}
-"""Suffix -> what reads such a file, given its name and its bytes."""
-_BINARY: set[str] = set()
-"""Suffixes of files that are not text."""
 
 GIVEN = "The data given as a list"
 """What messages call rows that are Python objects."""
-
-
-def reader(*suffixes: str, is_text: bool = True) -> Callable[[Reader], Reader]:
-    """Register the decorated function for files with these suffixes (lower case, with the dot)."""
-
-    def register(function: Reader) -> Reader:
-        READERS.update(dict.fromkeys(suffixes, function))
-        _BINARY.update(() if is_text else suffixes)
-        return function
-
-    return register
 
 
 def open_sources(
@@ -58,7 +32,7 @@ def open_sources(
             source = look_up(item if isinstance(item, SourceConfig) else SourceConfig(path=str(item)), catalog)
             yield source, _read(source, catalog)
     else:
-        yield SourceConfig(path=GIVEN), [(f"row {n}", _columns(item)) for n, item in enumerate(items, start=1)]
+        yield SourceConfig(path=GIVEN), [(f"row {n}", columns_of(item)) for n, item in enumerate(items, start=1)]
 
 
 def _read(source: SourceConfig, catalog: Catalog) -> list[Record]:
@@ -69,29 +43,14 @@ def _read(source: SourceConfig, catalog: Catalog) -> list[Record]:
         records = read_saved(source)
     else:
         refuse(source, ("name", "split", "revision"), "is a file, and this is for data sets that `datasets` loads")
-        records = _read_file(source.path, path, catalog)
+        _check_file(source.path, path, catalog)
+        records = [unread() for unread in read_file(source.path, path)]
     if not records:
         raise DatasetError(f"{source.path} is empty: it holds no rows.")
     return records
 
 
-def _read_file(name: str, path: Path, catalog: Catalog) -> list[Record]:
-    read = _reader_of(name, path, catalog)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DatasetError(f"{name} cannot be read: {error.strerror or error}.") from error
-    if path.suffix.lower() in _BINARY:
-        return list(read(name, data))
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DatasetError(f"{name} is UTF-16 text: save it as UTF-8.")
-    if b"\0" in data[:8192]:
-        raise DatasetError(f"{name} is not text: byte {data.index(0)} is 0. Give a text file in UTF-8.")
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    return list(read(name, data)) if data.strip() else []
-
-
-def _reader_of(name: str, path: Path, catalog: Catalog) -> Reader:
+def _check_file(name: str, path: Path, catalog: Catalog) -> None:
     if path.is_dir():
         files = sorted(item.name for item in path.iterdir() if item.suffix.lower() in READERS)
         inside = f", for example {path / files[0]}" if files else ""
@@ -101,7 +60,6 @@ def _reader_of(name: str, path: Path, catalog: Catalog) -> Reader:
     if suffix not in READERS:
         ending = f"the suffix {suffix}" if suffix else "no suffix"
         raise DatasetError(f"{name} has {ending}; files that can be read end in {', '.join(sorted(READERS))}.")
-    return READERS[suffix]
 
 
 def refuse_missing(name: str, path: Path, catalog: Iterable[str] = ()) -> None:
@@ -112,118 +70,3 @@ def refuse_missing(name: str, path: Path, catalog: Iterable[str] = ()) -> None:
     near = suggest(path.name, [*beside, *catalog])
     listed = f" data.catalog names {', '.join(catalog)}." if catalog else ""
     raise DatasetError(f"{name} does not exist.{near}{listed} A relative path starts at {Path.cwd()}.")
-
-
-@reader(".jsonl", ".ndjson")
-def _read_json_lines(name: str, data: bytes) -> Iterator[Record]:
-    offset = 0
-    # Not splitlines(): U+2028 and its like are no line ends in JSON.
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if line.strip():
-            yield f"{name}:{number}", read_line(line, offset)
-        offset += len(line) + 1
-
-
-def read_line(line: bytes, offset: int) -> dict[str, Any] | RowError:
-    """Return what a line of JSONL holds, or what is wrong with it. It begins at byte ``offset`` of the file."""
-    try:
-        return _columns(json.loads(line.decode()))
-    except UnicodeDecodeError as error:
-        return RowError(f"invalid UTF-8 at byte {offset + error.start} of the file")
-    except json.JSONDecodeError as error:
-        return RowError(f"broken JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:
-        return RowError(f"JSON that cannot be read: {error}")
-
-
-@reader(".json")
-def _read_json(name: str, data: bytes) -> Iterator[Record]:
-    """Read an array of objects, or JSONL under the wrong suffix."""
-    text = _decode(name, data)
-    if text.lstrip().startswith("{") and not _is_one_object(text):
-        yield from _read_json_lines(name, data)
-        return
-    value = _parse(name, text)
-    if isinstance(value, dict) and "\n" not in text.strip():
-        value = [value]
-    if not isinstance(value, list):
-        found = kind(value)
-        raise DatasetError(f"{name} holds {found} as a whole: put the rows into an array, [{{...}}, {{...}}].")
-    for number, item in enumerate(value, start=1):
-        yield f"{name}: row {number}", _columns(item)
-
-
-def _is_one_object(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _parse(name: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DatasetError(f"{name}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}.") from error
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{name}: JSON that cannot be read: {error}.") from error
-
-
-@reader(".csv", ".tsv")
-def _read_table(name: str, data: bytes) -> Iterator[Record]:
-    """Read a table whose first line names the columns. A cell is text or nothing, if quoted with line breaks in it."""
-    delimiter = "\t" if Path(name).suffix.lower() == ".tsv" else ","
-    csv.field_size_limit(max(csv.field_size_limit(), len(data)))
-    lines = csv.reader(io.StringIO(_decode(name, data), newline=""), delimiter=delimiter, strict=True)
-    try:
-        header = next(lines)
-        if twice := [column for column in header if header.count(column) > 1]:
-            raise DatasetError(f"{name}:1: the column {twice[0]!r} stands twice in the first line, which names them.")
-        line = lines.line_num + 1
-        for cells in lines:
-            if cells:
-                yield f"{name}:{line}", _cells(header, cells)
-            line = lines.line_num + 1
-    except csv.Error as error:
-        raise DatasetError(f"{name}:{lines.line_num}: broken CSV: {error}.") from error
-
-
-def _cells(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
-    if len(cells) != len(header):
-        return RowError(f"it has {len(cells)} cells, and the first line names {len(header)} columns")
-    return dict(zip(header, (Cell(cell) if cell else None for cell in cells), strict=True))
-
-
-@reader(".parquet", is_text=False)
-def _read_parquet(name: str, data: bytes) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        rows = pq.read_table(pa.BufferReader(data)).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise DatasetError(f"{name} is no Parquet file that can be read: {reason}.") from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{name}: row {number}", row
-
-
-@reader(".txt")
-def _read_text(name: str, data: bytes) -> Iterator[Record]:
-    """Read the whole file as one document."""
-    yield name, {"text": _decode(name, data)}
-
-
-def _decode(name: str, data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DatasetError(
-            f"{name}:{line}: invalid UTF-8 at byte {error.start} of the file: save it as UTF-8."
-        ) from error
-
-
-def _columns(item: object) -> dict[str, Any] | RowError:
-    return item if isinstance(item, dict) else RowError(f"the row is {kind(item)}; an object is expected")

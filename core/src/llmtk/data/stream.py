@@ -1,21 +1,23 @@
 """Training data that is read as it goes, block by block, for what memory cannot hold.
 
 A block is the next records of one source, so that a place in the data is a number of blocks, and those before it are
-passed over unread: lines are counted and not parsed.
+passed over unread: lines are counted and not parsed, row groups of Parquet files not opened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtk.config.sections import SourceConfig, sources_of
 from llmtk.data.catalog import look_up, read_catalog
-from llmtk.data.hub import is_hub_name, stream_hub
+from llmtk.data.files import STREAMED, Record, Unread, read_file
+from llmtk.data.hub import is_hub_name, refuse, stream_hub
 from llmtk.data.reading import Reading, reading_of
-from llmtk.data.sources import Record, read_line, refuse_missing
+from llmtk.data.sources import refuse_missing
 from llmtk.errors import ConfigurationError, DatasetError
 
 if TYPE_CHECKING:
@@ -24,9 +26,6 @@ if TYPE_CHECKING:
 
 BLOCK = 1024
 """Records of a block. Changing it changes the order of every stream."""
-
-Units = tuple[Iterable[Any], Callable[[Any], Record]]
-"""What a source gives one after the other, and what makes a record of it."""
 
 
 def stream_blocks(
@@ -40,8 +39,7 @@ def stream_blocks(
     reading = reading_of(config, row_types)
     for given in sources_of(config.train):
         source = look_up(given, reading.catalog)
-        units, record = _open(source)
-        for block in _blocks(source, units, record, reading, skip):
+        for block in _blocks(source, reading, skip):
             skip = max(skip - 1, 0)
             if block is not None:
                 reading.refuse_bad()
@@ -58,7 +56,7 @@ def check_stream(config: DataConfig) -> None:
         raise ConfigurationError("data.streaming: give files or data sets as data.train, in place of rows")
     catalog = read_catalog(config.catalog)
     for source in sources:
-        _open(look_up(source, catalog))
+        _check(look_up(source, catalog))
 
 
 def sizes(config: DataConfig) -> dict[str, int | None]:
@@ -68,42 +66,52 @@ def sizes(config: DataConfig) -> dict[str, int | None]:
     return {path: None if is_hub_name(path) else Path(path).expanduser().stat().st_size for path in paths}
 
 
-def _blocks(
-    source: SourceConfig, units: Iterable[Any], record: Callable[[Any], Record], reading: Reading, skip: int
-) -> Iterator[list[Row] | None]:
+def _blocks(source: SourceConfig, reading: Reading, skip: int) -> Iterator[list[Row] | None]:
     """Yield the rows of each block, and None for those to be passed over."""
-    form, pending = None, iter(units)
-    for number, block in enumerate(iter(lambda: list(islice(pending, BLOCK)), [])):
-        if number < skip and number > 0:
+    form, pending = None, _open(source)
+    for number in count():
+        unread = islice(pending, BLOCK)
+        if 0 < number < skip:
+            if not sum(1 for _ in unread):
+                break
             yield None
             continue
-        rows, form = reading.read(source, [record(unit) for unit in block], form)
+        records = [read() for read in unread]
+        if not records:
+            break
+        rows, form = reading.read(source, records, form)
         yield None if number < skip else rows
     if form is None:
-        raise DatasetError(f"{source.path} is empty: it holds no rows.")
+        raise _empty(source)
 
 
-def _open(source: SourceConfig) -> Units:
+def _check(source: SourceConfig) -> None:
+    """Refuse what cannot be streamed; of a file, the first record is read."""
     if is_hub_name(source.path):
-        return stream_hub(source), lambda unit: (f"{source.path}: row {unit[0]}", unit[1])
+        return
     path = Path(source.path).expanduser()
     refuse_missing(source.path, path)
-    if path.suffix.lower() not in (".jsonl", ".ndjson"):
+    refuse(source, ("name", "split", "revision"), "is no data set on the hub, and this is for those")
+    if path.suffix.lower() not in STREAMED:
         raise ConfigurationError(
-            f"data.streaming reads .jsonl files and data sets on the hub, and {source.path} is neither. Leave it out, "
-            "or write the rows as JSONL"
+            f"data.streaming reads {', '.join(sorted(STREAMED))} files and data sets on the hub, and {source.path} is "
+            "neither. Leave it out, or write the rows as JSONL"
         )
-    return _lines(path), lambda unit: (f"{source.path}:{unit[0]}", read_line(unit[2], unit[1]))
+    for read in _open(source):
+        read()
+        return
+    raise _empty(source)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (number, offset, line) of the lines that hold anything."""
-    offset = 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, offset, line
-                offset += len(line)
-    except OSError as error:
-        raise DatasetError(f"{path} cannot be read: {error.strerror or error}.") from error
+def _open(source: SourceConfig) -> Iterator[Unread]:
+    if is_hub_name(source.path):
+        return (partial(_hub_row, source.path, number, row) for number, row in stream_hub(source))
+    return read_file(source.path, Path(source.path).expanduser())
+
+
+def _hub_row(path: str, number: int, row: dict[str, Any]) -> Record:
+    return f"{path}: row {number}", row
+
+
+def _empty(source: SourceConfig) -> DatasetError:
+    return DatasetError(f"{source.path} is empty: it holds no rows.")

@@ -80,6 +80,10 @@ class Hooks:
         """Gather state to save, by plugin name."""
         return dict(self._collect("extra_checkpoint_state"))
 
+    def keepers(self) -> list[str]:
+        """Return the names of those who keep state in checkpoints."""
+        return [impl.plugin_name for impl in _impls(self._manager, "extra_checkpoint_state")]
+
     def restore_checkpoint_state(self, states: Mapping[str, Mapping[str, Any]]) -> None:
         """Give each plugin its own state back."""
         for impl in _impls(self._manager, "restore_checkpoint_state"):

@@ -79,7 +79,7 @@ def options(trial: Trial) -> None:
     fields = trial.stage_class.Options.model_fields
     read = _read(trial, {})
     for name in fields:
-        if name in read or name in trial.stage_class.may_change:  # the latter may be for a resumed run alone
+        if name in read or name in (*trial.stage_class.may_change, *trial.stage_class.once):  # for a resumed run alone
             continue
         heard = False
         for value in itertools.islice(_other_values(trial.stage_class.Options, name), 3):

@@ -7,6 +7,7 @@ import copy
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
+from llmtk.config.sections import HELD_OUT
 from llmtk.contract import REFERENCE, Data, Models
 from llmtk.errors import ConfigurationError
 from llmtk.training import optimizers
@@ -136,9 +137,17 @@ def build_data(view: RunView) -> Data:
     run = cast("Run", view)
     train, mixture = _training_rows(run)
     held, tested = (
-        None if rows is None else run.stage.encode_rows(run, rows) for rows in (run.splits.eval, run.splits.test)
+        None if rows is None else _encoded(run, f"data.{name}", rows)
+        for name in HELD_OUT
+        for rows in [getattr(run.splits, name)]
     )
     return Data(train, held, tested, mixture)
+
+
+def _encoded(run: Run, name: str, rows: Sequence[Row]) -> Dataset:
+    """Return rows as the stage encodes them; what is said of them names where they belong."""
+    with run.speaking_of(name):
+        return run.stage.encode_rows(run, rows)
 
 
 def _training_rows(run: Run) -> tuple[Dataset, list[tuple[int, float]]]:
@@ -149,9 +158,9 @@ def _training_rows(run: Run) -> tuple[Dataset, list[tuple[int, float]]]:
 
         return stream(run), []
     if not splits.mixture:
-        return run.stage.encode_rows(run, splits.train), []
-    parts = [run.stage.encode_rows(run, rows) for rows in _by_source(splits)]
-    mixture = [(len(part), weight) for part, (_, weight) in zip(parts, splits.mixture, strict=True)]
+        return _encoded(run, "data.train", splits.train), []
+    parts = [_encoded(run, f"data.train, {path}", rows) for path, rows in _by_source(splits)]
+    mixture = [(len(part), source.weight) for part, source in zip(parts, splits.mixture, strict=True)]
     shares = ", ".join(f"{rows_taken(*part):,} of {part[0]:,}" for part in mixture)
     run.notify(f"An epoch takes of the sources, in turn, rows: {shares}.")
     return _joined(parts), mixture
@@ -169,11 +178,11 @@ def _joined(parts: list[Dataset]) -> Dataset:
     return cast("Dataset", joined)
 
 
-def _by_source(splits: Splits) -> Iterator[list[Row]]:
-    """Yield the training rows of each source."""
+def _by_source(splits: Splits) -> Iterator[tuple[str, list[Row]]]:
+    """Yield the path of each source, and its training rows."""
     rows = iter(splits.train)
-    for count, _ in splits.mixture:
-        yield list(islice(rows, count))
+    for source in splits.mixture:
+        yield source.path, list(islice(rows, source.rows))
 
 
 def encode_rows(view: RunView, rows: Sequence[Row]) -> Dataset:

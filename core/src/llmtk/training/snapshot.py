@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtk.errors import CheckpointError
+from llmtk.errors import CheckpointError, ConfigurationError
 from llmtk.training import checkpoints
 from llmtk.training.order import Cursor
 from llmtk.training.state import TrainState, round_from_state, round_to_state
@@ -45,6 +45,7 @@ def restore(run: Run, path: Path) -> None:
     """Put a run that is set up and untrained to where the checkpoint left it."""
     saved = checkpoints.read_json(path / "state.json")
     _check_environment(run, saved["environment"])
+    _check_plugins(run, path, saved["plugins"])
     checkpoints.load_weights(path / "weights.safetensors", run.model)
     optimizer = run.optimizer
     for name in sorted(run.changing):
@@ -112,6 +113,7 @@ def _write_shared(
         "scheduler": _plain(run.scheduler.state_dict()),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "records": run.records.offsets(),
+        "plugins": run.hooks.keepers(),
         "environment": environment() | {"ranks": run.world_size},
     }
     checkpoints.write_json(folder / "state.json", saved)
@@ -170,6 +172,15 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
         except TypeError:
             continue
     return plain
+
+
+def _check_plugins(run: Run, path: Path, before: list[str]) -> None:
+    """Refuse to leave a plugin's state behind, and to begin one in the midst of a run. Those without any may change."""
+    now = run.hooks.keepers()
+    changed = [f"  {name} has state there, and is not among this run's plugins" for name in before if name not in now]
+    changed += [f"  {name} keeps state, and there is none of it" for name in now if name not in before]
+    if changed:
+        raise ConfigurationError("\n".join([f"the run cannot go on from {path} with other plugins:", *changed]))
 
 
 def _check_environment(run: Run, saved: Mapping[str, Any]) -> None:

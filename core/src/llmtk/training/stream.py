@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmtk.errors import ConfigurationError, DatasetError
+from llmtk.errors import ConfigurationError, DatasetError, NothingLeft
 from llmtk.training.order import Cursor
 
 if TYPE_CHECKING:
     from llmtk.contract import Dataset, Row
+    from llmtk.data import Row as DataRow
     from llmtk.run import Run
 
 Blocks = Callable[[int], Iterator["Dataset"]]
@@ -114,11 +115,21 @@ def stream(run: Run) -> StreamedRows:
         opened = stream_blocks(run.config.data, run.stage.row_types, run.notify, skip)
         for number, rows in enumerate(opened):
             # What is cut or left out is said of one block; of all it would be a line a block.
-            with _silent(run) if number else nullcontext():
-                encoded = run.stage.encode_rows(run, rows)
+            with run.speaking_of("data.train"), _silent(run) if number else nullcontext():
+                encoded = _encoded(run, rows, is_first=skip + number == 0)
             yield encoded
 
     return StreamedRows(blocks, run.data_seed)
+
+
+def _encoded(run: Run, rows: list[DataRow], *, is_first: bool) -> Dataset:
+    """Return a block as the stage encodes it. One of which nothing is left is empty, but for the first of an epoch."""
+    try:
+        return run.stage.encode_rows(run, rows)
+    except NothingLeft:
+        if is_first:
+            raise
+        return []
 
 
 @contextmanager
