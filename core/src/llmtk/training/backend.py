@@ -38,7 +38,7 @@ from llmtk.config.sections import DeepspeedConfig, FsdpConfig, TrainConfig
 from llmtk.errors import ConfigurationError
 from llmtk.training import checkpoints
 from llmtk.training.sharding import shard_with
-from llmtk.training.zero import Zero, spread_with
+from llmtk.training.zero import Zero, spread
 
 NOT_FINITE = "the gradient is not finite"
 
@@ -83,9 +83,7 @@ class Backend:
         self.device: torch.device = self.accelerator.device
         if fsdp is not None:
             shard_with(self.accelerator, fsdp)
-        self._by_deepspeed = deepspeed is not None
-        if deepspeed is not None:
-            spread_with(self.accelerator, deepspeed, config)
+        self.config, self.deepspeed = config, deepspeed
         self.zero: Zero | None = None
         expected = int(os.environ.get("WORLD_SIZE", "1"))
         if self.world_size != expected:
@@ -122,12 +120,13 @@ class Backend:
         if optimizer.state and self.accelerator.distributed_type == DistributedType.FSDP:
             kind = type(optimizer).__name__
             raise ConfigurationError(f"fsdp: {kind} has state of whole weights before the first step; choose another")
-        groups = [list(group["params"]) for group in optimizer.param_groups]
         self.root, self.optimizer = root, optimizer
         self.wrapped: nn.Module
-        self.wrapped, self.prepared = self.accelerator.prepare(root, optimizer)
-        if self._by_deepspeed:
-            self.zero = Zero(self.wrapped, optimizer, groups)
+        if self.deepspeed is not None:
+            self.zero = spread(self.accelerator, self.deepspeed, self.config, root, optimizer)
+            self.wrapped = self.zero.engine
+        else:
+            self.wrapped, self.prepared = self.accelerator.prepare(root, optimizer)
         if isinstance(self.wrapped, DistributedDataParallel):
             # Rotary buffers broadcast at every forward would make a forward on one rank alone hang. As an argument,
             # torch 2.13 warns of this name, and Accelerate 1.15 does not know the other one.

@@ -63,23 +63,46 @@ def check_zero(zero: DeepspeedConfig) -> None:
             )
 
 
-def spread_with(accelerator: Accelerator, zero: DeepspeedConfig, train: TrainConfig) -> None:
-    """Let an Accelerator prepare models by DeepSpeed.
+def spread(
+    accelerator: Accelerator,
+    zero: DeepspeedConfig,
+    train: TrainConfig,
+    root: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> Zero:
+    """Have Accelerate prepare a model and its optimizer by DeepSpeed.
 
-    Not by its own argument: that would train weights in bfloat16 where a run computes in it, and on a CPU Accelerate
-    1.15 would pass over it.
+    It learns of DeepSpeed for this moment alone. Told from the start, it would train weights in bfloat16 where a run
+    computes in it, pass over DeepSpeed on a CPU, and have transformers spread every model that is loaded.
     """
     from accelerate.utils import DeepSpeedPlugin, DistributedType
+    from transformers.integrations import unset_hf_deepspeed_config
 
+    _check_float32(root)
     _quieten()
-    plugin: Any = DeepSpeedPlugin(
-        hf_ds_config=_settings(zero, train, accelerator.mixed_precision), zero3_init_flag=False
-    )
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    settings = _settings(zero, train, accelerator.mixed_precision)
+    plugin: Any = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
     plugin.select(_from_accelerator_state=True)
     state: Any = accelerator.state
-    state.distributed_type = DistributedType.DEEPSPEED
-    state.deepspeed_plugins = {"default": plugin}
+    before = state.distributed_type
+    state.distributed_type, state.deepspeed_plugins = DistributedType.DEEPSPEED, {"default": plugin}
     accelerator.deepspeed_engine_wrapped = None
+    try:
+        engine, _ = accelerator.prepare(root, optimizer)
+    finally:
+        state.distributed_type = before
+        unset_hf_deepspeed_config()
+    return Zero(engine, optimizer, groups)
+
+
+def _check_float32(root: nn.Module) -> None:
+    """Refuse trained weights of which DeepSpeed would keep a second set, in float32, that no checkpoint holds."""
+    found = {parameter.dtype for parameter in root.parameters() if parameter.requires_grad} - {torch.float32}
+    if found:
+        raise ConfigurationError(
+            f"model.dtype: under deepspeed trained weights are float32, and these are {found.pop()}. Set it to float32"
+        )
 
 
 def is_spread(tensor: Tensor) -> bool:
