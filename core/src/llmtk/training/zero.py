@@ -31,6 +31,9 @@ OLDEST = "0.19.8"
 BUCKET = 50_000_000
 """Numbers that are reduced or gathered at once: 200 MB in float32. DeepSpeed's own default takes ten times as much."""
 
+PERSISTENT = 100_000
+"""Parameters of fewer numbers are not let go of after each use, under stage 3."""
+
 
 def missing() -> str | None:
     """Return what is missing for the section `deepspeed`, and how to get it; None where nothing is."""
@@ -136,6 +139,7 @@ def _settings(zero: DeepspeedConfig, train: TrainConfig, precision: str) -> dict
             "stage": zero.zero_stage,
             "reduce_bucket_size": BUCKET,
             "allgather_bucket_size": BUCKET,
+            "stage3_param_persistence_threshold": PERSISTENT,
             "offload_optimizer": {"device": zero.offload_optimizer, "pin_memory": zero.offload_optimizer != "none"},
             "offload_param": {"device": zero.offload_param, "pin_memory": zero.offload_param != "none"},
         },
@@ -150,7 +154,7 @@ def _quieten() -> None:
     """Keep DeepSpeed from telling what it does, and from compiling a reduction of its own on a CPU, for minutes."""
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
