@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM
+
+from llmtk.training.zero import missing
 
 WORKER = Path(__file__).with_name("worker.py")
 LIMIT = 310
@@ -68,13 +71,25 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def answer(out: Path) -> Answers:
     """Return what a rank of a world answered."""
+    return reader(out)
 
+
+def reader(out: Path) -> Answers:
     def read(check: str, size: int, rank: int = 0) -> dict[str, Any]:
         found = json.loads((out / str(size) / f"{check}.{rank}.json").read_text())
         assert "failed" not in found, f"{check} on rank {rank} of {size}: {found['failed']}"
         return found
 
     return read
+
+
+@pytest.fixture(scope="session")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the answers of runs under DeepSpeed."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    launch(folder, checks=("sgd", "zero_1"))
+    launch(folder, *TORCHRUN, checks=("sgd", "zero_1", "zero_2", "zero_3"))
+    return folder
 
 
 def distance(first: dict[str, Any], second: dict[str, Any]) -> float:
@@ -146,6 +161,31 @@ def test_a_sharded_run_goes_on_to_the_bit_and_its_export_is_whole(answer: Answer
         assert found["same"]
         assert found["checkpoint"]
         assert found["exported"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing() is not None, reason=missing() or "")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_under_deepspeed_is_that_of_one_process(spread: Path, stage: int) -> None:
+    answer = reader(spread)
+    one, two, other = answer("zero_1", 1), answer(f"zero_{stage}", 2, 0), answer(f"zero_{stage}", 2, 1)
+    assert distance(two["weights"], one["weights"]) < 1e-6
+    assert two["weights"] == other["weights"]
+    for name in ("loss", "grad_norm", "eval_loss"):
+        found, wanted = ([line[name] for line in run["metrics"] if name in line] for run in (two, one))
+        assert found == pytest.approx(wanted, rel=1e-6)
+    loaded = AutoModelForCausalLM.from_pretrained(spread / f"zero_{stage}-2", dtype="auto")
+    assert {name: parameter.tolist() for name, parameter in loaded.named_parameters()} == two["weights"]
+    for found in (two, other):
+        for kind in ("full", "lora"):
+            assert found[kind] == {"same": True, "checkpoint": True, "exported": True}
+        for fault, why in (("poisoned", "the loss is not finite"), ("kinked", "the gradient is not finite")):
+            history = found[fault]["history"]
+            assert found[fault]["skipped"] == [None, why, None, why]
+            assert history[1] == history[2]
+            assert history[3] == history[4]
+            assert history[0] != history[1]
+            assert distance(found[fault]["weights"], one[fault]["weights"]) < 1e-6
 
 
 PREFERENCES = ("dpo", "dpo_transport", "dpo_moving", "ipo", "kto", "cpo", "simpo", "orpo", "rm", "precomputed")

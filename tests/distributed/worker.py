@@ -26,6 +26,7 @@ from llmtk_stage_sft import SupervisedFineTuning
 
 from llmtk import Batch, Group, LossOutput, Mean, Round, Run, Sequence, Term, hookimpl, load
 from llmtk.training import checkpoints
+from llmtk.training import zero as zero_module
 from llmtk.training.sharding import in_shards, whole
 
 TINY = {
@@ -133,6 +134,7 @@ def make(
     resume: str | None = None,
     options: Any = None,
     fsdp: Any = None,
+    deepspeed: Any = None,
     **train: Any,
 ) -> Run:
     """Make a run whose global batch is 8 rows, however many ranks there are."""
@@ -147,6 +149,7 @@ def make(
         plugins=[*((InOrder(len(data)),) if in_order else ()), *plugins],
         resume=resume,
         fsdp=fsdp if world.size > 1 else None,
+        deepspeed=deepspeed if world.size > 1 else None,
         output_dir=str(world.out / f"{name}-{world.size}"),
         train=settings | train,
         **({stage: options} if isinstance(stage, str) else {}),
@@ -159,7 +162,7 @@ def make(
 
 def weights(run: Run) -> Answer:
     parameters = in_shards(run.model).named_parameters()
-    trained = {name: parameter.detach() for name, parameter in parameters if parameter.requires_grad}
+    trained = {name: parameter for name, parameter in parameters if parameter.requires_grad}
     return {name: parameter.tolist() for name, parameter in whole(trained).items()}
 
 
@@ -225,15 +228,19 @@ def sharded_adamw(world: World) -> Answer:
 
 
 def sharded_goes_on(world: World) -> Answer:
+    return _goes_on(world, "sharded", fsdp={})
+
+
+def _goes_on(world: World, name: str, **section: Any) -> Answer:
     """Stop a sharded run with an adapter or without, go on, and read what was exported."""
     answer = {}
     for kind, peft in (("full", None), ("lora", {"r": 2})):
-        settings = {"fsdp": {}, "optim": "adamw_torch", "lr_scheduler_type": "constant", "learning_rate": 1e-3}
+        settings = {"optim": "adamw_torch", "lr_scheduler_type": "constant", "learning_rate": 1e-3, **section}
         settings |= {"peft": peft, "model": str(world.out / f"base-{world.size}") if peft else None}
-        uncut = make(world, f"sharded_whole_{kind}", max_steps=4, **settings)
+        uncut = make(world, f"{name}_whole_{kind}", max_steps=4, **settings)
         uncut.train()
-        make(world, f"sharded_parts_{kind}", max_steps=2, **settings).train()
-        parts = make(world, f"sharded_parts_{kind}", max_steps=4, resume="auto", **settings)
+        make(world, f"{name}_parts_{kind}", max_steps=2, **settings).train()
+        parts = make(world, f"{name}_parts_{kind}", max_steps=4, resume="auto", **settings)
         parts.train()
         answer[kind] = {
             "same": weights(parts) == weights(uncut),
@@ -247,6 +254,24 @@ def exported(run: Run) -> Answer:
     """Return the trained weights as anybody would load them."""
     loaded = dict(load(str(run.output_dir))[0].named_parameters())
     return {name: loaded[name].tolist() for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+
+
+def zero(stage: int) -> Callable[[World], Answer]:
+    """Return the check of a stage of DeepSpeed's ZeRO: accumulated, clipped, with steps that are refused."""
+
+    def check(world: World) -> Answer:
+        zero_module.PERSISTENT = 0  # each parameter of this model is small
+        name, section = f"zero_{stage}", {"zero_stage": stage}
+        settings = {"optim": "adamw_torch_fused", "learning_rate": 1e-3, "adam_epsilon": 1e-5, "max_grad_norm": 0.5}
+        settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // world.size}
+        answer = trained(make(world, name, deepspeed=section, evaluation=rows(6), **settings))
+        for stage_class in (Poisoned, Kinked):
+            found = _refused(world, f"{name}_{stage_class.name}", stage_class, deepspeed=section)
+            answer[stage_class.name] = found
+        return answer | _goes_on(world, name, deepspeed=section)
+
+    check.__name__ = f"zero_{stage}"
+    return check
 
 
 def clipped(world: World) -> Answer:
@@ -629,10 +654,10 @@ def with_poison(at: int) -> list[dict[str, str]]:
     return data
 
 
-def _refused(world: World, name: str, stage: type) -> Answer:
+def _refused(world: World, name: str, stage: type, **section: Any) -> Answer:
     """Row 12 of 16 is poisoned, a row of the last rank: of each two steps the second is refused, on all ranks."""
     watch = Watch()
-    run = make(world, name, stage, data=with_poison(11), in_order=True, plugins=(watch,), max_steps=4)
+    run = make(world, name, stage, data=with_poison(11), in_order=True, plugins=(watch,), max_steps=4, **section)
     answer = trained(run)
     return answer | {"skipped": watch.skipped, "history": watch.weights, "places": run.train_rows[11]["place"]}
 
@@ -837,7 +862,7 @@ CHECKS: list[Callable[[World], Answer]] = [
 ]
 
 
-SHARDED: list[Callable[[World], Answer]] = [sharded, sharded_adamw, sharded_goes_on]
+SHARDED: list[Callable[[World], Answer]] = [sharded, sharded_adamw, sharded_goes_on, *map(zero, (1, 2, 3))]
 """Done when they are named alone: PyTorch's caches keep the groups of a sharded model, and gloo's threads with them, so
 that such a process had better end without the interpreter's last words."""
 

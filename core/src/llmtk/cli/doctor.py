@@ -54,6 +54,7 @@ def _installation(offers: list[Offer]) -> dict[str, Any]:
     import torch
 
     from llmtk.config.sections import TrainConfig
+    from llmtk.training import zero
     from llmtk.training.backend import choose_precision
 
     precision, why = choose_precision(TrainConfig.model_validate({}))
@@ -63,6 +64,7 @@ def _installation(offers: list[Offer]) -> dict[str, Any]:
         "packages": _packages(),
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
         "cpu_threads": torch.get_num_threads(),
+        "deepspeed": zero.missing() or metadata.version("deepspeed"),
         "precision": {"no": "float32"}.get(precision, precision),
         "why_precision": why,
         "stages": [described(offer) for offer in offers if offer.group == discovery.STAGES],
@@ -99,6 +101,7 @@ def _installation_lines(found: dict[str, Any], offers: list[Offer], problems: in
             ["llmtk-core", discovery.core_version()],
             ["Python", found["python"]],
             *versions,
+            ["deepspeed", f"{found['deepspeed']} (for the section deepspeed alone)"],
             ["devices", devices],
             ["precision", f"{found['precision']} ({found['why_precision']})"],
         ]

@@ -225,7 +225,8 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 def _size(parameter: nn.Parameter) -> int:
     state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(state.shape.numel())
+    # DeepSpeed leaves nothing in a parameter of which this rank holds a part, and says how many there are in all.
+    return int(getattr(parameter, "ds_numel", parameter.numel()) if state is None else state.shape.numel())
 
 
 def pretrained(

@@ -14,6 +14,7 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,10 +34,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llmtk.batch import Batch
-from llmtk.config.sections import FsdpConfig, TrainConfig
+from llmtk.config.sections import DeepspeedConfig, FsdpConfig, TrainConfig
 from llmtk.errors import ConfigurationError
-from llmtk.training.checkpoints import weights_of
+from llmtk.training import checkpoints
 from llmtk.training.sharding import shard_with
+from llmtk.training.zero import Zero, spread
+
+NOT_FINITE = "the gradient is not finite"
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,14 @@ class StepResult:
 class Backend:
     """Prepares models, runs backward passes and steps, and lets ranks talk."""
 
-    def __init__(self, config: TrainConfig, project_dir: str | None = None, *, fsdp: FsdpConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        project_dir: str | None = None,
+        *,
+        fsdp: FsdpConfig | None = None,
+        deepspeed: DeepspeedConfig | None = None,
+    ) -> None:
         self.precision, self.why_precision = choose_precision(config)
         _check_ddp_backend(config.ddp_backend)
         self.pins_memory = _pins_memory(config)
@@ -72,6 +83,8 @@ class Backend:
         self.device: torch.device = self.accelerator.device
         if fsdp is not None:
             shard_with(self.accelerator, fsdp)
+        self.config, self.deepspeed = config, deepspeed
+        self.zero: Zero | None = None
         expected = int(os.environ.get("WORLD_SIZE", "1"))
         if self.world_size != expected:
             raise ConfigurationError(
@@ -98,6 +111,8 @@ class Backend:
     @property
     def forward_is_collective(self) -> bool:
         """Whether a forward waits for the other ranks: theirs of a sharded model hold parts of its weights."""
+        if self.zero is not None:
+            return self.zero.spreads_weights
         return any(isinstance(module, FSDPModule) for module in self.root.modules())
 
     def prepare(self, root: nn.Module, frozen: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
@@ -105,9 +120,13 @@ class Backend:
         if optimizer.state and self.accelerator.distributed_type == DistributedType.FSDP:
             kind = type(optimizer).__name__
             raise ConfigurationError(f"fsdp: {kind} has state of whole weights before the first step; choose another")
-        self.root = root
+        self.root, self.optimizer = root, optimizer
         self.wrapped: nn.Module
-        self.wrapped, self.optimizer = self.accelerator.prepare(root, optimizer)
+        if self.deepspeed is not None:
+            self.zero = spread(self.accelerator, self.deepspeed, self.config, root, optimizer)
+            self.wrapped = self.zero.engine
+        else:
+            self.wrapped, self.prepared = self.accelerator.prepare(root, optimizer)
         if isinstance(self.wrapped, DistributedDataParallel):
             # Rotary buffers broadcast at every forward would make a forward on one rank alone hang. As an argument,
             # torch 2.13 warns of this name, and Accelerate 1.15 does not know the other one.
@@ -134,9 +153,29 @@ class Backend:
 
         All ranks must call it together.
         """
-        if not self.forward_is_collective:
+        if self.zero is None and not self.forward_is_collective:
             return None
-        return weights_of(self.root, frozen_too=True, keep=self.is_main)
+        return checkpoints.weights_of(self.root, frozen_too=True, keep=self.is_main)
+
+    def load_weights(self, file: Path) -> None:
+        """Put trained weights back from a checkpoint's file. All ranks must call it together."""
+        checkpoints.load_weights(file, self.root)
+        if self.zero is not None:
+            self.zero.weights_changed()
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what `checkpoints.optimizer_of` does, whole on the main rank. All ranks must call it together."""
+        optimizer = self.optimizer if self.zero is None else self.zero.gathered(keep=self.is_main)
+        return checkpoints.optimizer_of(self.root, optimizer, keep=self.is_main)
+
+    def load_optimizer(self, file: Path, saved: Mapping[str, Any]) -> None:
+        """Put the optimizer's state back from a checkpoint's file."""
+        if self.zero is None:
+            checkpoints.load_optimizer(file, self.root, self.optimizer, saved)
+            return
+        whole = self.zero.empty()
+        checkpoints.load_optimizer(file, self.root, whole, saved, device=torch.device("cpu"))
+        self.zero.take(whole)
 
     def to_device(self, batch: Batch) -> Batch:
         """Return a batch on the device; through pinned memory, the copy need not be waited for."""
@@ -144,6 +183,9 @@ class Backend:
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Return the context of one forward and backward; gradients are synchronised in the last one only."""
+        if self.zero is not None:
+            self.zero.engine.set_gradient_accumulation_boundary(last)
+            return contextlib.nullcontext()
         # A sharded model adds up shards of gradients: to wait for the last would keep whole ones.
         if last or self.world_size == 1 or self.forward_is_collective:
             return contextlib.nullcontext()
@@ -151,21 +193,27 @@ class Backend:
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradients."""
-        self.accelerator.backward(loss)
+        if self.zero is not None:
+            self.zero.backward(loss)
+        else:
+            self.accelerator.backward(loss)
 
     def step(self, max_norm: float, refused: str | None = None) -> StepResult:
         """Clip, and step unless it is refused or the gradient is not finite. Gradients are cleared either way."""
+        if self.zero is not None:
+            grad_norm = self.zero.step(refused=refused is not None)
+            return StepResult(grad_norm, refused or (None if math.isfinite(grad_norm) else NOT_FINITE))
         norm = self.accelerator.clip_grad_norm_(self.parameters, max_norm or math.inf)
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         skipped = refused
         if skipped is None and not math.isfinite(grad_norm):
-            skipped = "fp16 overflow" if self.precision == "fp16" else "the gradient is not finite"
+            skipped = "fp16 overflow" if self.precision == "fp16" else NOT_FINITE
         if skipped is None:
-            self.optimizer.step()
+            self.prepared.step()
         elif self.accelerator.scaler is not None:
             # The scaler must see every step that was unscaled, or the next unscale_ raises.
             self.accelerator.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.prepared.zero_grad(set_to_none=True)
         return StepResult(grad_norm, skipped)
 
     def close_trackers(self) -> None:
@@ -224,6 +272,7 @@ def _leave() -> None:
     for backend in list(_backends):
         backend.accelerator.free_memory()
         vars(backend).pop("wrapped", None)
+        backend.zero = None
         backend._control = None
     gc.collect()
     if dist.is_initialized():

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmtk.errors import CheckpointError
-from llmtk.training.sharding import in_shards, like, whole
+from llmtk.training.sharding import fill, in_shards, like, whole
+from llmtk.training.zero import shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,7 +135,7 @@ def save_weights(file: Path, root: nn.Module, *, frozen_too: bool = False) -> No
 
 def weights_of(root: nn.Module, *, frozen_too: bool = False, keep: bool = True) -> dict[str, Tensor]:
     """Return what `save_weights` writes. Of a sharded model, all ranks must call it together; some may keep nothing."""
-    return whole({name: tensor.detach().contiguous() for name, tensor in _kept(root, frozen_too).items()}, keep)
+    return whole(_kept(root, frozen_too), keep)
 
 
 def load_weights(file: Path, root: nn.Module, *, frozen_too: bool = False) -> None:
@@ -145,9 +146,8 @@ def load_weights(file: Path, root: nn.Module, *, frozen_too: bool = False) -> No
         raise CheckpointError(f"{file} does not fit the model: {_difference(saved.keys(), kept.keys())}")
     for name, tensor in kept.items():
         _check_alike(file, name, saved[name], tensor)
-    with torch.no_grad():
-        for name, tensor in kept.items():
-            tensor.copy_(like(saved[name], tensor))
+    for name, tensor in kept.items():
+        fill(tensor, saved[name])
 
 
 def save_optimizer(file: Path, root: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def optimizer_of(
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"{names[parameter]}::{key}"] = value.detach().contiguous()
+                tensors[f"{names[parameter]}::{key}"] = value
             else:
                 numbers.setdefault(names[parameter], {})[key] = value
     groups = []
@@ -188,8 +188,14 @@ def optimizer_of(
     return whole(tensors, keep), rest
 
 
-def load_optimizer(file: Path, root: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Put the optimizer's state back by parameter name.
+def load_optimizer(
+    file: Path,
+    root: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    saved: Mapping[str, Any],
+    device: torch.device | None = None,
+) -> None:
+    """Put the optimizer's state back by parameter name, on a device, or on that of each parameter.
 
     Not by torch's own `load_state_dict`, which goes by order and casts state to the parameter's type.
     """
@@ -215,7 +221,7 @@ def load_optimizer(file: Path, root: nn.Module, optimizer: torch.optim.Optimizer
         parameter = by_name[name]
         # As torch does: the step counter lives on the CPU unless a fused kernel reads it.
         stays = key == "step" and not on_device[id(parameter)]
-        optimizer.state[parameter][key] = tensor if stays else like(tensor.to(parameter.device), parameter)
+        optimizer.state[parameter][key] = tensor if stays else like(tensor.to(device or parameter.device), parameter)
     for name, values in saved["numbers"].items():
         optimizer.state[by_name[name]] |= values
 
@@ -290,7 +296,7 @@ def _recover(folder: Path) -> None:
 
 def _kept(root: nn.Module, frozen_too: bool) -> dict[str, Tensor]:
     parameters = in_shards(root).named_parameters()
-    trained = {name: p.data for name, p in parameters if p.requires_grad or frozen_too}
+    trained = {name: p for name, p in parameters if p.requires_grad or frozen_too}
     persistent = root.state_dict(keep_vars=True).keys()
     return trained | {name: buffer for name, buffer in root.named_buffers() if name in persistent}
 
@@ -300,9 +306,10 @@ def _parameter_names(root: nn.Module) -> dict[Tensor, str]:
 
 
 def _check_alike(file: Path, name: str, saved: Tensor, wanted: Tensor) -> None:
-    if saved.shape != wanted.shape or saved.dtype != wanted.dtype:
+    shape = shape_of(wanted)
+    if saved.shape != shape or saved.dtype != wanted.dtype:
         raise CheckpointError(
-            f"{file}: {name} is {saved.dtype} {tuple(saved.shape)}, the model's is {wanted.dtype} {tuple(wanted.shape)}"
+            f"{file}: {name} is {saved.dtype} {tuple(saved.shape)}, the model's is {wanted.dtype} {tuple(shape)}"
         )
 
 

@@ -55,17 +55,26 @@ def estimate(run: Run) -> Memory:
     return Memory(
         weights=sum(_bytes(model.parameters()) for model in models),
         gradients=_bytes(trained),
-        optimizer=int(state_bytes(run.optimizer) * sum(_local(parameter).numel() for parameter in trained)),
+        optimizer=_state_of(run, trained),
         activations=_activations(run, tokens=first_micro_batches(run)[1]),
     )
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> float:
+def _state_of(run: Run, trained: list[nn.Parameter]) -> int:
+    """Return the bytes of the optimizer's state; ZeRO spreads it in any stage, and beside it a copy of the weights."""
+    each, zero = state_bytes(run.optimizer, trained[0]), run.backend.zero
+    count = sum(_local(parameter).numel() for parameter in trained)
+    if zero is None:
+        return int(each * count)
+    return int((each + torch.float32.itemsize) * (count if zero.spreads_weights else count / run.world_size))
+
+
+def state_bytes(optimizer: torch.optim.Optimizer, like: torch.Tensor) -> float:
     """Return the bytes of state for each weight, measured on a step of an optimizer like this one over one matrix.
 
     0 for one that cannot be made again from its settings, or wants more than a gradient.
     """
-    kind, like = type(optimizer), optimizer.param_groups[0]["params"][0]
+    kind = type(optimizer)
     probe = nn.Parameter(torch.zeros(SIDE, SIDE, dtype=like.dtype, device=like.device))
     probe.grad = torch.ones_like(probe)
     settings = {key: value for key, value in optimizer.defaults.items() if key in signature(kind).parameters}
@@ -129,4 +138,5 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """Return the part of a tensor that this rank holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    held: torch.Tensor = getattr(tensor, "ds_tensor", tensor)  # DeepSpeed's, of a parameter that it has spread
+    return held.to_local() if isinstance(held, DTensor) else held

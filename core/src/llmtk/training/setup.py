@@ -104,8 +104,10 @@ def _start(run: Run) -> None:
 
 def _meet(run: Run) -> None:
     """Make the backend, and check that all ranks run the same."""
-    fsdp = run.config.fsdp if run.exported is None else None  # a finished run's model is opened whole
-    run.backend = Backend(run.config.train, str(run.folder.path), fsdp=fsdp)
+    config = run.config
+    # A finished run's model is opened whole.
+    fsdp, deepspeed = (config.fsdp, config.deepspeed) if run.exported is None else (None, None)
+    run.backend = Backend(config.train, str(run.folder.path), fsdp=fsdp, deepspeed=deepspeed)
     run.console.speaks = run.backend.is_main
     run.randomness = Randomness(run.config.train.seed, run.backend.rank)
     digest = manager.digest(manager.plugin_versions(run.manager))

@@ -1,7 +1,7 @@
 """Sharded training: each rank holds a part of every weight, of its gradient and of its optimizer state.
 
-It is PyTorch's FSDP2, set up by Accelerate. What is written to disk is whole, so that a run goes on, and a model loads,
-with any number of ranks, sharded or not.
+It is PyTorch's FSDP2, or DeepSpeed's ZeRO (`zero.py`), set up by Accelerate. What is written to disk is whole, so that
+a run goes on, and a model loads, with any number of ranks, sharded or not.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmtk.errors import ConfigurationError
+from llmtk.training.zero import check_zero, gathering, is_spread
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,18 +30,22 @@ OPTIMIZERS = frozenset({"adamw_torch_fused", "adamw_torch", "adam", "sgd"})
 
 def check_parallelism(config: RunConfig) -> None:
     """Refuse the sections `fsdp` and `deepspeed` where they cannot be followed, before anything is loaded."""
+    if config.fsdp is not None and config.deepspeed is not None:
+        raise ConfigurationError("fsdp and deepspeed both spread a model over the ranks; leave one of them out")
     if config.deepspeed is not None:
-        raise ConfigurationError(
-            "deepspeed: runs under DeepSpeed are not supported yet: it clips, steps and refuses steps by itself, and "
-            "its optimizer state cannot be kept by parameter name. `fsdp: {}` shards weights, gradients and optimizer "
-            "state as zero_stage 3 does, with cpu_offload in place of offload_optimizer and offload_param"
-        )
+        check_zero(config.deepspeed)
+        check_options(config.train, "deepspeed")
+        if config.model.quantization is not None:
+            raise ConfigurationError(
+                "model.quantization does not go together with deepspeed yet; leave one of them out"
+            )
     if config.fsdp is not None:
-        check_fsdp(config.fsdp, config.train, int(os.environ.get("WORLD_SIZE", "1")))
+        check_fsdp(config.fsdp, int(os.environ.get("WORLD_SIZE", "1")))
+        check_options(config.train, "fsdp")
 
 
-def check_fsdp(fsdp: FsdpConfig, config: TrainConfig, ranks: int) -> None:
-    """Refuse what cannot be sharded. ConfigurationError says what to do instead."""
+def check_fsdp(fsdp: FsdpConfig, ranks: int) -> None:
+    """Refuse what cannot be sharded here. ConfigurationError says what to do instead."""
     if ranks == 1:
         raise ConfigurationError(
             "fsdp shards a model over several processes, and this is one. Start with torchrun --nproc-per-node N "
@@ -48,10 +53,14 @@ def check_fsdp(fsdp: FsdpConfig, config: TrainConfig, ranks: int) -> None:
         )
     if fsdp.cpu_offload and not torch.accelerator.is_available():
         raise ConfigurationError("fsdp.cpu_offload frees a device's memory, and there is no device here. Leave it out")
+
+
+def check_options(config: TrainConfig, section: str) -> None:
+    """Refuse options of training that parts of weights, or a wrapper of this section, do not go together with."""
     if config.optim not in OPTIMIZERS:
         raise ConfigurationError(
             f"train.optim: {config.optim} looks at whole matrices, or was not tried on parts of them; "
-            f"with fsdp choose one of {', '.join(sorted(OPTIMIZERS))}"
+            f"with {section} choose one of {', '.join(sorted(OPTIMIZERS))}"
         )
     asked = {
         "fp16": config.fp16,
@@ -61,7 +70,7 @@ def check_fsdp(fsdp: FsdpConfig, config: TrainConfig, ranks: int) -> None:
     }
     for key, wanted in asked.items():
         if wanted:
-            raise ConfigurationError(f"train.{key} does not go together with fsdp yet; leave one of them out")
+            raise ConfigurationError(f"train.{key} does not go together with {section} yet; leave one of them out")
 
 
 def shard_with(accelerator: Accelerator, fsdp: FsdpConfig) -> None:
@@ -94,20 +103,27 @@ def in_shards(root: nn.Module) -> nn.Module:
 
 
 def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """Return tensors as they are, and sharded ones whole, on the CPU, on the ranks that keep them.
+    """Return tensors detached, and sharded ones whole, on the CPU, on the ranks that keep them.
 
     All ranks must call it together, with the same names in the same order.
     """
     gathered = {}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, DTensor):
-            gathered[name] = tensor
+        if not isinstance(tensor, DTensor) and not is_spread(tensor):
+            gathered[name] = tensor.detach().contiguous()
             continue
-        full = tensor.full_tensor()
-        if keep:
-            # A copy: what a collective gives is a tensor of its own kind, which files do not take.
-            gathered[name] = full.to("cpu", copy=True)
+        with gathering(tensor):
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if keep:
+                # A copy: what a collective gives is a tensor of its own kind, which files do not take.
+                gathered[name] = full.detach().to("cpu", copy=True)
     return gathered
+
+
+def fill(wanted: Tensor, tensor: Tensor) -> None:
+    """Put a whole tensor's values into a tensor, or into the part of it that this rank holds."""
+    with torch.no_grad(), gathering(wanted, changing=True):
+        wanted.copy_(like(tensor, wanted))
 
 
 def like(tensor: Tensor, wanted: Tensor) -> Tensor:

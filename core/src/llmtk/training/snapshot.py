@@ -46,11 +46,10 @@ def restore(run: Run, path: Path) -> None:
     saved = checkpoints.read_json(path / "state.json")
     _check_environment(run, saved["environment"])
     _check_plugins(run, path, saved["plugins"])
-    checkpoints.load_weights(path / "weights.safetensors", run.model)
-    optimizer = run.optimizer
+    run.backend.load_weights(path / "weights.safetensors")
     for name in sorted(run.changing):
         checkpoints.load_weights(path / f"frozen-{name}.safetensors", run.frozen[name], frozen_too=True)
-    checkpoints.load_optimizer(path / "optimizer.safetensors", run.model, optimizer, saved["optimizer"])
+    run.backend.load_optimizer(path / "optimizer.safetensors", saved["optimizer"])
     run.scheduler.load_state_dict(saved["scheduler"])
     if run.backend.accelerator.scaler is not None and saved["scaler"]:
         run.backend.accelerator.scaler.load_state_dict(saved["scaler"])
@@ -90,8 +89,7 @@ def environment() -> dict[str, Any]:
 
 def _gathered(run: Run) -> tuple[dict[str, torch.Tensor], tuple[dict[str, torch.Tensor], dict[str, Any]]]:
     """Return weights and optimizer state, whole on the main rank: no rank waits for one whose disk is full."""
-    keep = run.backend.is_main
-    return checkpoints.weights_of(run.model, keep=keep), checkpoints.optimizer_of(run.model, run.optimizer, keep=keep)
+    return checkpoints.weights_of(run.model, keep=run.backend.is_main), run.backend.optimizer_state()
 
 
 def _write_shared(
