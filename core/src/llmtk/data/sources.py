@@ -116,6 +116,8 @@ def refuse_missing(name: str, path: Path, catalog: Iterable[str] = ()) -> None:
 
 @reader(".jsonl", ".ndjson")
 def _read_json_lines(name: str, data: bytes) -> Iterator[Record]:
+    if data.lstrip().startswith(b"[") and _is_json(data):
+        raise DatasetError(f"{name} holds one array, and not an object in each line: name the file .json.")
     offset = 0
     # Not splitlines(): U+2028 and its like are no line ends in JSON.
     for number, line in enumerate(data.split(b"\n"), start=1):
@@ -129,7 +131,7 @@ def read_line(line: bytes, offset: int) -> dict[str, Any] | RowError:
     try:
         return _columns(json.loads(line.decode()))
     except UnicodeDecodeError as error:
-        return RowError(f"invalid UTF-8 at byte {offset + error.start} of the file")
+        return RowError(f"invalid UTF-8 at byte {offset + error.start} of the file: save it as UTF-8")
     except json.JSONDecodeError as error:
         return RowError(f"broken JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:
@@ -140,7 +142,7 @@ def read_line(line: bytes, offset: int) -> dict[str, Any] | RowError:
 def _read_json(name: str, data: bytes) -> Iterator[Record]:
     """Read an array of objects, or JSONL under the wrong suffix."""
     text = _decode(name, data)
-    if text.lstrip().startswith("{") and not _is_one_object(text):
+    if text.lstrip().startswith("{") and not _is_json(text):
         yield from _read_json_lines(name, data)
         return
     value = _parse(name, text)
@@ -153,7 +155,7 @@ def _read_json(name: str, data: bytes) -> Iterator[Record]:
         yield f"{name}: row {number}", _columns(item)
 
 
-def _is_one_object(text: str) -> bool:
+def _is_json(text: str | bytes) -> bool:
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -170,23 +172,41 @@ def _parse(name: str, text: str) -> Any:
         raise DatasetError(f"{name}: JSON that cannot be read: {error}.") from error
 
 
+_MARKS = {",": "comma", ";": "semicolon", "\t": "tab"}
+"""What parts the cells of people's tables, and its name."""
+
+
 @reader(".csv", ".tsv")
 def _read_table(name: str, data: bytes) -> Iterator[Record]:
     """Read a table whose first line names the columns. A cell is text or nothing, if quoted with line breaks in it."""
     delimiter = "\t" if Path(name).suffix.lower() == ".tsv" else ","
     csv.field_size_limit(max(csv.field_size_limit(), len(data)))
     lines = csv.reader(io.StringIO(_decode(name, data), newline=""), delimiter=delimiter, strict=True)
+    line = 1
     try:
         header = next(lines)
-        if twice := [column for column in header if header.count(column) > 1]:
-            raise DatasetError(f"{name}:1: the column {twice[0]!r} stands twice in the first line, which names them.")
+        _check_header(name, header, delimiter)
         line = lines.line_num + 1
         for cells in lines:
             if cells:
                 yield f"{name}:{line}", _cells(header, cells)
             line = lines.line_num + 1
     except csv.Error as error:
+        if str(error) == "unexpected end of data":
+            raise DatasetError(f"{name}:{line}: broken CSV: a quotation mark in this row is not closed.") from error
         raise DatasetError(f"{name}:{lines.line_num}: broken CSV: {error}.") from error
+
+
+def _check_header(name: str, header: list[str], delimiter: str) -> None:
+    """Refuse a column that stands twice, and a table of one column whose name shows that another mark parts cells."""
+    other = next((mark for mark in _MARKS if len(header) == 1 and mark in header[0]), None)
+    if other:
+        raise DatasetError(
+            f"{name}:1: cells are parted by {_MARKS[other]}s; a {Path(name).suffix} file parts them by "
+            f"{_MARKS[delimiter]}s. Save it so."
+        )
+    if twice := [column for column in header if header.count(column) > 1]:
+        raise DatasetError(f"{name}:1: the column {twice[0]!r} stands twice in the first line, which names them.")
 
 
 def _cells(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
