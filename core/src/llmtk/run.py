@@ -517,8 +517,8 @@ class Run:
     # Training
 
     def _say_what_stands(self, error: BaseException) -> None:
-        """Say how to go on after a failure in training. Who stopped the run by a signal is told by the error itself."""
-        if not self._is_set_up or isinstance(error, Interrupted):
+        """Say how to go on after a failure in training, not of a run that was refused. A signal's error says it."""
+        if not self.log.is_open or isinstance(error, Interrupted):
             return
         if found := checkpoints.list_checkpoints(self.checkpoints):
             self.notify(
