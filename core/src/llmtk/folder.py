@@ -219,7 +219,10 @@ class RunFolder:
             changed.append("  the rows themselves: the data has changed since the checkpoint was written")
         if changed:
             listed = "\n".join(changed)
-            raise ConfigurationError(f"the run in {self.path} cannot go on with other settings:\n{listed}")
+            raise ConfigurationError(
+                f"the run in {self.path} cannot go on with other settings:\n{listed}\n"
+                "Take them back to go on, or give another output_dir to begin anew"
+            )
 
     def _write_facts(self, run: Run) -> None:
         from llmtk.config.reading import to_yaml

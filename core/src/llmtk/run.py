@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtk.batch import Batch, Mean
+from llmtk.config.problems import shown
 from llmtk.config.reading import merge
 from llmtk.config.run_config import RunConfig, resolve
 from llmtk.contract import REFERENCE, Data, Dataset, Row, Stage
@@ -128,6 +129,7 @@ class Run:
         self.stage_name, stage_class = _stage_class(stage)
         if isinstance(stage, Stage) and self.stage_name not in sections:
             sections[self.stage_name] = stage.options.model_dump(exclude_unset=True)
+        _refuse_plain(plugins)
         named = plugins if isinstance(plugins, Mapping) else {}
         instances = () if isinstance(plugins, Mapping) else plugins
         layer = {name: value for name, value in sections.items() if value is not None} | (
@@ -529,8 +531,8 @@ class Run:
     # Training
 
     def _say_what_stands(self, error: BaseException) -> None:
-        """Say how to go on after a failure in training. Who stopped the run by a signal is told by the error itself."""
-        if not self._is_set_up or isinstance(error, Interrupted):
+        """Say how to go on after a failure in training, not of a run that was refused. A signal's error says it."""
+        if not self.log.is_open or isinstance(error, Interrupted):
             return
         if found := checkpoints.list_checkpoints(self.checkpoints):
             self.notify(
@@ -694,6 +696,16 @@ def _stage_class(stage: str | Stage | type[Stage]) -> tuple[str, type[Stage]]:
         return stage, discovery.get_stage(stage)
     stage_class = stage if isinstance(stage, type) else type(stage)
     return getattr(stage_class, "name", stage_class.__name__.lower()), stage_class
+
+
+def _refuse_plain(plugins: object) -> None:
+    """Refuse plugins that are named in a list: as instances they would be texts without hooks."""
+    listed = plugins if isinstance(plugins, Sequence) and not isinstance(plugins, str) else [plugins]
+    if any(isinstance(item, str | int | float) for item in listed):
+        raise ConfigurationError(
+            f"plugins: expected keys and values, got {shown(plugins)}. A name is a key, and its options are the value: "
+            "plugins: {NAME: {}}"
+        )
 
 
 def _plugin_name(plugin: object) -> str:

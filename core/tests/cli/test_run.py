@@ -48,6 +48,7 @@ def test_words_become_a_run(file: str, runs: list[Any], llmtk: Any, words: list[
         (["toy", "other"], "One stage at most, got toy and other. A setting is written KEY=VALUE."),
         (["a.yaml", "b.yml"], "One configuration file at most, got a.yaml and b.yml."),
         (["toy", "none.yaml"], "none.yaml: there is no such configuration file"),
+        (["toy", "./rows.jsonl"], "./rows.jsonl is no configuration. To train on it: data.train=./rows.jsonl"),
         (["toy", "a..b=1"], "a..b=1: the key is incomplete"),
         (["toy", "--nope"], "No such option '--nope'"),
     ],

@@ -75,6 +75,11 @@ def test_the_limits_of_a_key_hold_where_a_stage_changes_its_default() -> None:
     assert "train.learning_rate: expected at least 0, got -1" in refusal({"train": {"learning_rate": -1}})
 
 
+@pytest.mark.parametrize(("given", "trackers"), [("none", []), ("wandb", ["wandb"]), (["wandb"], ["wandb"])])
+def test_a_tracker_may_stand_without_a_list_as_in_training_arguments(given: Any, trackers: list[str]) -> None:
+    assert resolve("toy", Toy, {"train": {"report_to": given}}).train.report_to == trackers
+
+
 def test_an_empty_section_is_one_with_every_line_commented_out() -> None:
     config = resolve("toy", Toy, {"train": None, "toy": None, "plugins": {"early-stopping": None}, "peft": None})
     assert config.train.learning_rate == 2e-5

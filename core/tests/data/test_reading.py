@@ -218,6 +218,11 @@ def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
         ("a.txt", b"one\ntw\xffo", "{path}:2: invalid UTF-8 at byte 6 of the file: save it as UTF-8."),
         ("a.json", b'[{"text": "\xff"}]', "{path}:1: invalid UTF-8 at byte 11 of the file"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "{path}:2: invalid UTF-8 at byte 24 of the file"),
+        (
+            "a.jsonl",
+            b'[\n {"text": "a"}\n]\n',
+            "{path} holds one array, and not an object in each line: name the file .json",
+        ),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "{path}:2: broken JSON: Expecting value at column 10"),
         ("a.jsonl", b'{"text": "a"}\n["b"]\n', "{path}:2: the row is a list; an object is expected"),
         ("a.json", b'[{"text": "a"},\n{"text" "b"}]', "{path}:2: broken JSON: Expecting ':' delimiter at column 9."),

@@ -133,7 +133,9 @@ def test_a_table_with_tabs_and_numbers(tmp_path: Path) -> None:
         ("prompt,prompt\na,b\n", ":1: the column 'prompt' stands twice"),
         ("prompt,completion\na\n", ":2: it has 1 cells, and the first line names 2 columns"),
         ("prompt,completion\nx,y\na,\n", ":3: completion missing; its columns are prompt"),
-        ('prompt,completion\na,"b\n', ":2: broken CSV: unexpected end of data"),
+        ('prompt,completion\na,"b\nc,d\n', ":2: broken CSV: a quotation mark in this row is not closed"),
+        ('prompt,"completion\na,b\n', ":1: broken CSV: a quotation mark in this row is not closed"),
+        ("prompt;completion\na;b\n", ":1: cells are parted by semicolons; a .csv file parts them by commas."),
     ],
 )
 def test_a_bad_table(tmp_path: Path, content: str, expected: str) -> None:

@@ -307,14 +307,17 @@ def stopped(tmp_path):
     return tmp_path / "run"
 
 
-def test_other_settings_are_refused_and_all_listed(stopped):
+def test_other_settings_are_refused_and_all_listed(stopped, capsys):
+    capsys.readouterr()
     written = (stopped / "config.yaml").read_bytes()
     with pytest.raises(ConfigurationError) as caught:
         make(stopped, resume="auto", learning_rate=0.5, weight_decay=0.1, logging_steps=2).train()
     assert str(caught.value).splitlines()[1:] == [
         "  train.learning_rate: 0.01 -> 0.5",
         "  train.weight_decay: 0.0 -> 0.1",
+        "Take them back to go on, or give another output_dir to begin anew",
     ]
+    assert "stands. Go on from it" not in capsys.readouterr().out
     assert (stopped / "config.yaml").read_bytes() == written
     make(stopped, resume="auto").train()  # and the folder is free
 

@@ -147,6 +147,12 @@ def test_an_unknown_tracker_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("plugins", [["ema"], "ema", 3])
+def test_plugins_named_in_a_list_are_told_how_they_are_written(tmp_path, plugins):
+    with pytest.raises(ConfigurationError, match=r"plugins: expected keys and values, got .*plugins: \{NAME: \{\}\}"):
+        make(tmp_path / "run", plugins=plugins)
+
+
 def test_samples_are_written_at_each_evaluation(tmp_path):
     samples = {"samples": {"count": 2, "max_new_tokens": 5}}
     run = make(tmp_path / "run", eval=EVAL, eval_strategy="steps", eval_steps=2, sections=samples)

@@ -115,7 +115,7 @@ def test_the_log_says_why_a_run_failed_and_a_resumed_run_writes_behind_it(tmp_pa
     run.train()
     log = log_of(run)
     assert "ERROR llmtk: PluginError" in log
-    assert log.index("ERROR") < log.index("Done: 1 steps")
+    assert log.index("ERROR") < log.index("Done: 1 step,")
     assert "hf_abcdefgh" not in log
     assert "${SOME_TOKEN}" in log
 

@@ -37,7 +37,8 @@ def call(arguments: Sequence[str]) -> int:
 
     words, debug = _without_debug(arguments)
     try:
-        code = llmtk.main(words, prog_name="llmtk", standalone_mode=False)
+        color = False if os.environ.get("NO_COLOR") else None  # https://no-color.org; None: on a terminal
+        code = llmtk.main(words, prog_name="llmtk", standalone_mode=False, color=color)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has gone: `llmtk schema sft | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llmtk.run import Run
 
 _SUFFIXES = (".yaml", ".yml", ".json")
+_DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 _EXAMPLES = """\b
 Examples:
   llmtk run sft                                            a demo
@@ -80,6 +81,8 @@ def sort_words(words: Sequence[str]) -> Asked:
             raise click.UsageError(f"One {kind} at most, got {' and '.join(found)}. A setting is written KEY=VALUE.")
     if not stages and not files:
         raise click.UsageError("Name a stage: llmtk run STAGE. `llmtk list-stages` lists those installed.")
+    if files and files[0].endswith(_DATA):
+        raise click.UsageError(f"{files[0]} is no configuration. To train on it: data.train={files[0]}")
     overrides = [word for word in words if "=" in word]
     return Asked(stages[0] if stages else None, files[0] if files else None, overrides)
 

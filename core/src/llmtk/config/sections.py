@@ -358,6 +358,13 @@ def _pairs(value: Any) -> Any:
     return {key.strip(): read_value(text.strip()) for key, _, text in pairs}
 
 
+def _trackers(value: Any) -> Any:
+    """Return a single tracker as a list of one; `none`, as in TrainingArguments, is no tracker."""
+    if not isinstance(value, str):
+        return value
+    return [] if value == "none" else [value]
+
+
 class TrainConfig(Section):
     """The training loop. Keys mean what they mean in transformers' TrainingArguments."""
 
@@ -473,8 +480,8 @@ class TrainConfig(Section):
     log_level: Literal["debug", "info", "warning", "error", "critical", "passive"] = "passive"
     """Lowest level of transformers', datasets', accelerate's and peft's messages, which `run.log` keeps beside all that
     the run says. `passive`: as these packages have it."""
-    report_to: list[str] = Field(default_factory=list)
-    """Trackers of Accelerate's: tensorboard, wandb, mlflow, ..."""
+    report_to: Annotated[list[str], BeforeValidator(_trackers)] = Field(default_factory=list)
+    """Trackers of Accelerate's: tensorboard, wandb, mlflow, ... One may stand without a list; `none` is no tracker."""
     run_name: str | None = None
     """The run's name in trackers. By default the output folder's."""
     resume_from_checkpoint: str | None = None

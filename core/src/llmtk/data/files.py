@@ -78,6 +78,9 @@ def _check_text(name: str, file: BinaryIO) -> None:
 @reader(".jsonl", ".ndjson")
 def _read_json_lines(name: str, file: BinaryIO) -> Iterator[Unread]:
     offset = file.tell()
+    if _is_one_array(file):
+        raise DatasetError(f"{name} holds one array, and not an object in each line: name the file .json.")
+    file.seek(offset)
     # Lines of bytes end with \n alone: U+2028 and its like are no line ends in JSON.
     for number, line in enumerate(file, start=1):
         if line.strip():
@@ -85,12 +88,19 @@ def _read_json_lines(name: str, file: BinaryIO) -> Iterator[Unread]:
         offset += len(line)
 
 
+def _is_one_array(file: BinaryIO) -> bool:
+    """Say whether lines of JSON are a single array: the first one is all there is, or no JSON by itself."""
+    lines = filter(bytes.strip, file)
+    first = next(lines, b"")
+    return first.lstrip().startswith(b"[") and (next(lines, None) is None or not _is_json(first))
+
+
 def _json_line(place: str, line: bytes, offset: int) -> Record:
     """Return what a line of JSONL holds, or what is wrong with it. It begins at byte ``offset`` of the file."""
     try:
         return place, columns_of(json.loads(line.decode()))
     except UnicodeDecodeError as error:
-        return place, RowError(f"invalid UTF-8 at byte {offset + error.start} of the file")
+        return place, RowError(f"invalid UTF-8 at byte {offset + error.start} of the file: save it as UTF-8")
     except json.JSONDecodeError as error:
         return place, RowError(f"broken JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:
@@ -104,7 +114,7 @@ def _read_json(name: str, file: BinaryIO) -> Iterator[Unread]:
     text = _decode(name, data)
     if not text.strip():
         return
-    if text.lstrip().startswith("{") and not _is_one_object(text):
+    if text.lstrip().startswith("{") and not _is_json(text):
         yield from _read_json_lines(name, io.BytesIO(data))
         return
     value = _parse(name, text)
@@ -121,7 +131,7 @@ def _record(place: str, item: object) -> Record:
     return place, columns_of(item)
 
 
-def _is_one_object(text: str) -> bool:
+def _is_json(text: str | bytes) -> bool:
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -138,23 +148,41 @@ def _parse(name: str, text: str) -> Any:
         raise DatasetError(f"{name}: JSON that cannot be read: {error}.") from error
 
 
+_MARKS = {",": "comma", ";": "semicolon", "\t": "tab"}
+"""What parts the cells of people's tables, and its name."""
+
+
 @reader(".csv", ".tsv")
 def _read_table(name: str, file: BinaryIO) -> Iterator[Unread]:
     """Read a table whose first line names the columns. A cell is text or nothing, if quoted with line breaks in it."""
     delimiter = "\t" if Path(name).suffix.lower() == ".tsv" else ","
     csv.field_size_limit(_LONGEST_CELL)
     lines = csv.reader(_text_lines(name, file), delimiter=delimiter, strict=True)
+    line = 1
     try:
         header = next(filter(None, lines), [])
-        if twice := [column for column in header if header.count(column) > 1]:
-            raise DatasetError(f"{name}:1: the column {twice[0]!r} stands twice in the first line, which names them.")
+        _check_header(name, header, delimiter)
         line = lines.line_num + 1
         for cells in lines:
             if cells:
                 yield partial(_cells, f"{name}:{line}", header, cells)
             line = lines.line_num + 1
     except csv.Error as error:
+        if str(error) == "unexpected end of data":
+            raise DatasetError(f"{name}:{line}: broken CSV: a quotation mark in this row is not closed.") from error
         raise DatasetError(f"{name}:{lines.line_num}: broken CSV: {error}.") from error
+
+
+def _check_header(name: str, header: list[str], delimiter: str) -> None:
+    """Refuse a column that stands twice, and a table of one column whose name shows that another mark parts cells."""
+    other = next((mark for mark in _MARKS if len(header) == 1 and mark in header[0]), None)
+    if other:
+        raise DatasetError(
+            f"{name}:1: cells are parted by {_MARKS[other]}s; a {Path(name).suffix} file parts them by "
+            f"{_MARKS[delimiter]}s. Save it so."
+        )
+    if twice := [column for column in header if header.count(column) > 1]:
+        raise DatasetError(f"{name}:1: the column {twice[0]!r} stands twice in the first line, which names them.")
 
 
 def _text_lines(name: str, file: BinaryIO) -> Iterator[str]:

@@ -408,7 +408,10 @@ def _explain(
     if fitting:
         given = ", ".join(f"{entry.name} (rows of type {entry.row_type.type})" for entry in fitting)
         wanted = " or ".join(row_types)
-        return f"{found}: the format {given}. Rows of type {wanted} are needed here. The formats for these:{needs}"
+        return (
+            f"{found}: the format {given}. Rows of type {wanted} are needed here. If these are such rows, rename their "
+            f"columns to those of one of the formats below, in the data or with data.columns ({{THEIRS: OURS}}):{needs}"
+        )
     return (
         f"{found}, which fit no format that is known here. Rename them to one of these, in the data or with "
         f"data.columns ({{THEIRS: OURS}}):{needs}"

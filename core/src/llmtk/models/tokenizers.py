@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtk.errors import ConfigurationError
-from llmtk.models.checks import adapter_folder, base_of, check_model, resolve, where
+from llmtk.errors import ConfigurationError, ModelLoadError
+from llmtk.models.checks import adapter_folder, base_of, check_model, is_hub_name, resolve, where
 from llmtk.models.errors import loading
 
 if TYPE_CHECKING:
@@ -98,6 +99,10 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return list(dict.fromkeys(ids))
 
 
+_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")
+"""What the files of a tokenizer are called; one of these is always there."""
+
+
 def _pretrained(config: ModelConfig, name: str | None) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
@@ -105,6 +110,10 @@ def _pretrained(config: ModelConfig, name: str | None) -> PreTrainedTokenizerFas
         ("model.tokenizer", name, None) if name else ("model.name_or_path", _named(config), config.revision)
     )
     mend = "Give model.tokenizer: a folder with tokenizer.json and tokenizer_config.json."
+    if is_hub_name(name):
+        mend = f"Check the name and the network. {mend}"
+    elif not any(file.match(pattern) for file in Path(resolve(name)).glob("*") for pattern in _FILES):
+        raise ModelLoadError(f"{key}: {name} has no tokenizer: none of its usual files is there. {mend}")
     with loading(f"{key}: the tokenizer of {where(name)}", mend):
         return AutoTokenizer.from_pretrained(
             resolve(name), revision=revision, trust_remote_code=config.trust_remote_code

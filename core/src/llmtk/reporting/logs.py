@@ -35,6 +35,11 @@ class RunLog:
             if logger is not LOGGER and level != "passive":
                 logger.setLevel(level.upper())
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the run has its folder: before, it was refused."""
+        return self._handler is not self._waiting
+
     def open(self, folder: Path) -> None:
         """Write what was logged so far, and whatever follows, behind what the folder's log has."""
         file = _File(folder / FILE, encoding="utf-8")

@@ -25,12 +25,13 @@ def plan_lines(run: Run) -> list[str]:
     plugins = [name for name, _ in run.manager.list_name_plugin()][1:]
     share = f"{plan.trainable_parameters:,} ({plan.trainable_parameters / plan.total_parameters:.1%}) of them trained"
     rows = f"{plan.train_rows:,} rows" if plan.train_rows else "a stream of rows"
+    test = "" if run.test_rows is None else f", {len(run.test_rows):,} to test"
     demo = ["No model and no data given: this is a demo on the built-in model and the stage's own data."]
     return [
         *(demo if run.demo else []),
         f"stage      {plan.stage}: {run.stage.summary}",
         f"model      {model_name(run)}, {plan.total_parameters:,} parameters, {share}",
-        f"data       {rows} to train on, {plan.eval_rows:,} to evaluate",
+        f"data       {rows} to train on, {plan.eval_rows:,} to evaluate{test}",
         *_steps(run),
         f"compute    {plan.precision} on {plan.device}",
         "scoring    packed, proven on this model" if scorer.packed else f"scoring    padded: {scorer.why_padded}",
@@ -73,11 +74,14 @@ def say_result(run: Run, result: Result) -> None:
             after, before = result.metrics[f"{key}_after"], result.metrics.get(f"{key}_before")
             was = "" if before is None else f"{before:.3g} before, "
             say(f"{name} on held-out rows: {was}{after:.3g} after {result.steps} steps")
+    if tested := [f"{name} {value:.4f}" for name, value in result.metrics.items() if name.startswith("test_")]:
+        say(f"test  {'  '.join(tested)}")
     if result.steps and run.state.skipped == result.steps:
         say(f"WARNING: all {result.steps} steps were left out (see above), and the model is as it was")
     loss = "not logged" if result.final_loss is None else f"{result.final_loss:.4f}"
     why = f" ({run.state.stopped_by} stopped the run)" if run.state.stopped_by else ""
-    say(f"Done: {result.steps} steps{why}, loss {loss}. Model, metrics and plot are in {result.output_dir}")
+    steps = f"{result.steps} step{'s' * (result.steps != 1)}"
+    say(f"Done: {steps}{why}, loss {loss}. Model, metrics and plot are in {result.output_dir}")
     if run.demo:
         say(f"Your own: llmtk run {run.stage_name} model.name_or_path=MODEL data.train=ROWS.jsonl data.eval=0.1")
 

@@ -48,8 +48,8 @@ def check_fsdp(fsdp: FsdpConfig, ranks: int) -> None:
     """Refuse what cannot be sharded here. ConfigurationError says what to do instead."""
     if ranks == 1:
         raise ConfigurationError(
-            "fsdp shards a model over several processes, and this is one. Start with torchrun --nproc-per-node N "
-            "-m llmtk run, or leave it out"
+            "fsdp shards a model over several processes, and this is one. Start them with llmtk launch -n N "
+            "(or torchrun), or leave it out"
         )
     if fsdp.cpu_offload and not torch.accelerator.is_available():
         raise ConfigurationError("fsdp.cpu_offload frees a device's memory, and there is no device here. Leave it out")
