@@ -27,7 +27,7 @@ from llmtk_convert.rules import (
     same,
     targets_of,
 )
-from llmtk_convert.training_arguments import mapping, optimizer
+from llmtk_convert.training_arguments import mapping, optimizer, strategy
 from llmtk_convert.trl import PROMPT_ROOM, attention, source, targets
 
 # Data sets
@@ -236,6 +236,10 @@ def _floor(value: Any, settings: Settings) -> Answer:
     return put(values) if value else NOTHING
 
 
+def _warmup(value: Any, settings: Settings) -> Answer:
+    return put({"train.warmup_ratio": value} if 0 < value < 1 else {"train.warmup_steps": int(value)})
+
+
 def _ratio(value: Any, settings: Settings) -> Answer:
     if settings.get("warmup_steps") is not None:
         return leave("warmup_steps goes first, there too")
@@ -259,9 +263,7 @@ def _steps(kind: str) -> By:
 
 def _strategy(kind: str) -> By:
     def rule(value: Any, settings: Settings) -> Answer:
-        if settings.get(f"{kind}_steps"):
-            return NOTHING
-        return put({f"train.{kind}_strategy": "no" if value in (False, "no") else str(value)})
+        return NOTHING if settings.get(f"{kind}_steps") else strategy(kind)(value, settings)
 
     return By(rule, f"train.{kind}_strategy")
 
@@ -401,7 +403,7 @@ COMMON: dict[str, Rule] = {
     "lr_scheduler": By(_scheduler, "train.lr_scheduler_type"),
     "lr_scheduler_kwargs": "train.lr_scheduler_kwargs",
     "cosine_min_lr_ratio": By(_floor, "train.lr_scheduler_type", "train.lr_scheduler_kwargs"),
-    "warmup_steps": "train.warmup_steps",
+    "warmup_steps": By(_warmup, "train.warmup_steps", "train.warmup_ratio"),
     "warmup_ratio": By(_ratio, "train.warmup_ratio"),
     "bf16": By(_bf16, "train.bf16", "model.dtype"),
     "fp16": To("train.fp16", bool),
@@ -495,7 +497,22 @@ COMMON: dict[str, Rule] = {
         "llama4_linearized_experts flex_attn_compile_kwargs torch_compile_options unsloth_lora_mlp",
         "unsloth_lora_qkv unsloth_lora_o unsloth_cross_entropy_loss",
     ),
-    **left("plugins are llmtk's own: llmtk list-plugins", "plugins"),
+    **left(
+        "axolotl's plugins and their keys stay there; llmtk list-plugins lists those that act here",
+        "plugins dense_mixer diffusion dsv4_bf16_all dsv4_fp4_grouped_mode dsv4_fp8_lora_kernel",
+        "dsv4_fp8_nonexpert_mode dsv4_shared_mlp_lora_kernel expert_backend expert_parallel_backend",
+        "expert_parallel_fallback_on_unsupported expert_parallel_num_nvl_bytes expert_parallel_num_rdma_bytes",
+        "expert_parallel_size expert_parallel_token_capacity gemma4_fp8_nonexpert gemma4_nf4_nonexpert",
+        "grokfast_alpha grokfast_lamb hatchery kd_alpha kd_beta kd_ce_alpha kd_normalize_topk kd_online_server",
+        "kd_online_server_base_url kd_online_timeout kd_online_topk kd_temperature kd_temperature_min kd_trainer",
+        "llmcompressor lm_eval_batch_size lm_eval_model lm_eval_post_train lm_eval_tasks moe_bnb_fast",
+        "moe_dequant_chunk_size moe_grouped_backend mora nemo_gym_auto_clone nemo_gym_auto_start",
+        "nemo_gym_config_paths nemo_gym_datasets nemo_gym_dir nemo_gym_enabled nemo_gym_head_port",
+        "nemo_gym_max_turns nemo_gym_model_name nemo_gym_multi_turn nemo_gym_run_timeout nemo_gym_server_timeout",
+        "nemo_gym_verify_timeout nonexpert_quantization nvfp4_merge_aware nvfp4_merge_aware_start_step",
+        "spectrum_model_name spectrum_top_fraction use_dsv4_kernels use_glm_dsa_kernels use_scattermoe use_sonicmoe",
+        "swanlab_project swanlab_experiment_name swanlab_description swanlab_mode swanlab_workspace use_swanlab",
+    ),
     **left("DeepSpeed is not supported yet; fsdp: {} shards the model over the ranks", "deepspeed", "deepcompile"),
     **left(
         _PARALLEL,

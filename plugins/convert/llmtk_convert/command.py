@@ -95,7 +95,11 @@ def _told(made: Conversion, place: str) -> tuple[str, list[str]]:
 
 
 def _listed(title: str, items: dict[str, str]) -> Iterable[str]:
-    return [title, *(f"  {key}: {text}" for key, text in items.items())] if items else []
+    """Return a title and the keys below it; keys of which the same is to be said stand in one line."""
+    together: dict[str, list[str]] = {}
+    for key, text in items.items():
+        together.setdefault(text, []).append(key)
+    return [title, *(f"  {', '.join(keys)}: {text}" for text, keys in together.items())] if items else []
 
 
 def _write(output: Path, text: str) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from llmtk import ConfigurationError, PluginError
-from llmtk.errors import LlmtkError, suggest
+from llmtk.errors import LlmtkError
 from llmtk_convert import axolotl, llama_factory, trl
 from llmtk_convert.rules import Method, Peer, Settings, apply, leave
 
@@ -111,7 +112,8 @@ def _unknown(made: Conversion, key: str) -> str:
     peer = made.peer
     if key in peer.keys:
         return f"{peer.title} does not read it for {made.method}"
-    return f"unknown to {peer.title} {peer.version}.{suggest(key, peer.keys)}"
+    near = get_close_matches(key, peer.keys, n=1, cutoff=0.8)
+    return f"unknown to {peer.title} {peer.version}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _not_honoured(values: Mapping[str, Any], stage: type[Stage] | None) -> str | None:
@@ -146,7 +148,7 @@ def _matters(key: str, flat: Mapping[str, Any]) -> bool:
 
 
 def _plain(value: Any) -> str:
-    return {"None": "nothing", "True": "true", "False": "false"}.get(str(value), str(value))
+    return {"None": "as the stage has it", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
 def default_values(name: str, stage: type[Stage] | None) -> dict[str, Any]:
@@ -181,10 +183,12 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(made: Conversion, stage: type[Stage] | None) -> None:
     """Hold what came out against our own configuration, and say what a run would still ask for."""
-    if not made.config.get("data", {}).get("train"):
-        made.remarks.append("No training data is named: give data.train")
-    if not (made.config.get("model") or {}).get("name_or_path"):
-        made.remarks.append("No model is named: give model.name_or_path")
+    missing = [
+        f"{section}.{key}"
+        for section, key in (("data", "train"), ("model", "name_or_path"))
+        if not made.config.get(section, {}).get(key)
+    ]
+    made.remarks += [f"Still to be given: {key}" for key in missing]
     if stage is None:
         made.remarks.append(
             f"The stage {made.stage} is not installed, so nothing was checked: pip install llmtk-stage-{made.stage}"
@@ -196,7 +200,7 @@ def _check(made: Conversion, stage: type[Stage] | None) -> None:
         resolve(made.stage, stage, made.config)
     except ConfigurationError as error:
         raise ConfigurationError(f"the values do not fit llmtk's configuration. {error}") from None
-    made.remarks += _asked_of_a_run(made)
+    made.remarks += [] if missing else _asked_of_a_run(made)
 
 
 def _asked_of_a_run(made: Conversion) -> list[str]:

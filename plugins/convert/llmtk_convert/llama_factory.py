@@ -89,7 +89,7 @@ def _sets(key: str) -> By:
             note = f"{file} is not here; llmtk convert {file} --output sets.yaml makes the catalog from it"
             return put({key: names, "data.catalog": "sets.yaml"}, note)
         if missing := [name for name in names if name not in info]:
-            raise ConfigurationError(f"{file} has no data set {', '.join(missing)}. Mend the name, or the file")
+            return leave(f"{file} has no data set {', '.join(missing)}")
         found = [source(info[name], folder) for name in names]
         lost = [f"{name}: {', '.join(more)}" for name, (_, more) in zip(names, found, strict=True) if more]
         note = f"as {file} has them" + (f", but without {'; '.join(lost)}" if lost else "")

@@ -664,8 +664,7 @@ RLOO: dict[str, Rule] = {
 
 # What stands where nothing is said
 
-_SHARED = DEFAULTS | {
-    "train.bf16": True,
+_SHARED = {key: value for key, value in DEFAULTS.items() if key != "train.bf16"} | {
     "train.gradient_checkpointing": True,
     "train.learning_rate": 1e-6,
     "peft.lora_dropout": 0.05,
