@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ def command(words: tuple[str, ...], peer: str | None, method: str | None, output
 
     if output is not None and output.exists():
         raise ConfigurationError(f"--output {output} exists already. Give another file, or remove it")
-    text, notes = _from_command(words) if is_command(words) else _from_file(Path(words[0]), peer, method)
+    text, notes = _from_command(words) if is_command(words) else _from_file(Path(words[0]), peer, method, output)
     if output is None:
         click.echo(text, nl=False)
     else:
@@ -47,14 +48,14 @@ def command(words: tuple[str, ...], peer: str | None, method: str | None, output
     click.echo("\n".join(notes), err=True)
 
 
-def _from_file(file: Path, peer: str | None, method: str | None) -> tuple[str, list[str]]:
+def _from_file(file: Path, peer: str | None, method: str | None, output: Path | None) -> tuple[str, list[str]]:
     from llmtk import ConfigurationError
     from llmtk_convert.conversion import PEERS, convert, recognise
     from llmtk_convert.reading import catalog_of, read_settings
 
     settings = read_settings(file)
     if catalog_of(settings):
-        return _catalog(file, settings)
+        return _catalog(file, settings, output)
     try:
         chosen = PEERS[peer] if peer else recognise(settings)
         return _told(convert(chosen, settings, method), str(file))
@@ -71,11 +72,11 @@ def _from_command(words: tuple[str, ...]) -> tuple[str, list[str]]:
     return _told(convert(trl, asked.settings, asked.method), "a command line")
 
 
-def _catalog(file: Path, settings: dict[str, Any]) -> tuple[str, list[str]]:
+def _catalog(file: Path, settings: dict[str, Any], output: Path | None) -> tuple[str, list[str]]:
     from llmtk.config.reading import to_yaml
     from llmtk_convert.llama_factory import catalog
 
-    made, lost = catalog(settings, file)
+    made, lost = catalog(settings, Path(os.path.relpath(file.parent, output.parent if output else ".")))
     head = f"# {len(made)} data sets of {file} (LLaMA-Factory), for data.catalog\n"
     notes = [f"{file}: {len(made)} data sets, for data.catalog"]
     return f"{head}{to_yaml(made).rstrip()}\n", [*notes, *_listed("Not carried over:", lost)]

@@ -33,8 +33,11 @@ _ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
 _SHARED_COLUMNS = ("system", "tools", "history", "chosen", "rejected")
 
 
-def source(entry: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Return an entry of dataset_info.json as a source of ours, and what of it has no place there."""
+def source(entry: Mapping[str, Any], folder: Path, *, texts: bool = False) -> tuple[dict[str, Any], list[str]]:
+    """Return an entry of dataset_info.json as a source of ours, and what of it has no place there.
+
+    With `texts` the column of the prompt is a document to pretrain on.
+    """
     lost = [key for key in ("num_samples", "folder") if entry.get(key)]
     hub = entry.get("hf_hub_url")
     if hub:
@@ -46,6 +49,8 @@ def source(entry: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], list
         found = {"path": str(entry.get(where, ""))}
         lost.append(f"{where}: give a file or a data set of the Hugging Face hub as path")
     columns, unknown = _columns(entry)
+    if texts:
+        columns = {old: "text" for old, new in columns.items() if new == "instruction"}
     found["columns"] = {old: new for old, new in columns.items() if old != new} or None
     return {key: value for key, value in found.items() if value is not None}, lost + unknown
 
@@ -67,11 +72,16 @@ def _columns(entry: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     return columns, unknown + [f"tags.{name}" for name, value in tags.items() if usual_tags.get(name) != value]
 
 
-def catalog(settings: Settings, file: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return a whole dataset_info.json as a catalog, and what each entry could not take along."""
-    made, lost = {}, {}
+def catalog(settings: Settings, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return a whole dataset_info.json as a catalog, and what each entry could not take along.
+
+    `folder` is where its files lie, seen from the catalog's folder.
+    """
+    made: dict[str, Any] = {}
+    lost: dict[str, str] = {}
     for name, entry in settings.items():
-        made[name], missing = source(entry, file.parent)
+        found, missing = source(entry, folder)
+        made[name] = found["path"] if len(found) == 1 else found
         if missing:
             lost[name] = ", ".join(missing)
     return made, lost
@@ -90,10 +100,11 @@ def _sets(key: str) -> By:
             return put({key: names, "data.catalog": "sets.yaml"}, note)
         if missing := [name for name in names if name not in info]:
             return leave(f"{file} has no data set {', '.join(missing)}")
-        found = [source(info[name], folder) for name in names]
+        found = [source(info[name], folder, texts=settings.get("stage") == "pt") for name in names]
         lost = [f"{name}: {', '.join(more)}" for name, (_, more) in zip(names, found, strict=True) if more]
         note = f"as {file} has them" + (f", but without {'; '.join(lost)}" if lost else "")
-        return put({key: [entry for entry, _ in found]}, note)
+        sources = [entry["path"] if len(entry) == 1 else entry for entry, _ in found]
+        return put({key: sources[0] if len(sources) == 1 else sources}, note)
 
     return By(rule, key, "data.catalog")
 
@@ -102,7 +113,7 @@ def _sets(key: str) -> By:
 
 
 def _lora(settings: Settings) -> bool:
-    return settings.get("finetuning_type", "lora") == "lora"
+    return bool(settings.get("finetuning_type", "lora") == "lora")
 
 
 def _adapter(key: str, value: Any = lambda value: value) -> By:

@@ -501,7 +501,8 @@ def _batch(group: int) -> dict[str, Rule]:
         "steps_per_generation",
         "generation_batch_size",
     )
-    return dict.fromkeys(keys, rule) | {
+    table: dict[str, Rule] = dict.fromkeys(keys, rule)
+    return table | {
         "num_generations": By(generations, "STAGE.num_generations", *rule.targets),
         "per_device_eval_batch_size": By(evaluated, "train.per_device_eval_batch_size"),
     }
