@@ -727,17 +727,17 @@ _DEFAULTS: dict[str, Any] = {
     "data.max_length": 512,
     "data.on_too_long": "drop",
 }
-_ON_PAIRS = {key: value for key, value in _DEFAULTS.items() if key != "data.on_too_long"}
+_CUT = {key: value for key, value in _DEFAULTS.items() if key != "data.on_too_long"}
 METHODS = {
-    "pretraining": Method("pt", _SFT, _ON_PAIRS),
+    "pretraining": Method("pt", _SFT, _CUT),
     "sft": Method("sft", _SFT, _DEFAULTS),
-    "dpo": Method("dpo", _DPO, _ON_PAIRS),
-    "ipo": Method("ipo", _IPO, _ON_PAIRS),
-    "kto": Method("kto", _KTO, _ON_PAIRS),
-    "orpo": Method("orpo", _ORPO, _ON_PAIRS | {"STAGE.nll_on": "all"}),
-    "simpo": Method("simpo", _SIMPO, _ON_PAIRS | {"STAGE.beta": 0.1, "STAGE.gamma": 0.5, "STAGE.nll_alpha": 1.0}),
-    "grpo": Method("grpo", _GRPO, _ON_PAIRS | {"train.disable_dropout": False, "STAGE.max_completion_length": 512}),
-    "reward_model": Method("rm", _RM, _ON_PAIRS),
+    "dpo": Method("dpo", _DPO, _DEFAULTS),
+    "ipo": Method("ipo", _IPO, _DEFAULTS),
+    "kto": Method("kto", _KTO, _DEFAULTS),
+    "orpo": Method("orpo", _ORPO, _DEFAULTS | {"STAGE.nll_on": "all"}),
+    "simpo": Method("simpo", _SIMPO, _DEFAULTS | {"STAGE.beta": 0.1, "STAGE.gamma": 0.5, "STAGE.nll_alpha": 1.0}),
+    "grpo": Method("grpo", _GRPO, _CUT | {"train.disable_dropout": False, "STAGE.max_completion_length": 512}),
+    "reward_model": Method("rm", _RM, _DEFAULTS),
 }
 
 
