@@ -177,6 +177,15 @@ def test_a_dataset_of_the_hub_keeps_its_splits_and_is_evaluated_when_asked() -> 
     assert made.config["data"]["eval"] == {"path": "trl-lib/Capybara", "name": "main", "split": "held"}
 
 
+def test_no_limit_is_said_and_texts_are_pretraining() -> None:
+    made = of("trl", "sft", max_length=None, model_name_or_path="m")
+    assert "null is no limit there" in made.left["max_length"]
+    assert "data" not in made.config
+    made = of("trl", "sft", dataset_text_field="body", dataset_name="a.jsonl", packing=True)
+    assert made.stage == "pt"
+    assert made.config["data"]["columns"] == {"body": "text"}
+
+
 def test_what_a_stage_does_not_use_is_left_and_an_optimizer_that_is_refused_too() -> None:
     made = of("trl", "dpo", neftune_noise_alpha=5, optim="galore_adamw", report_to="none", lora_dropout=0.1)
     assert made.left["neftune_noise_alpha"] == "dpo does not use train.neftune_noise_alpha"

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from llmtk_convert.conversion import PEERS, convert, default_values
-from llmtk_convert.rules import Method, Peer, targets_of
+from llmtk_convert.rules import Leave, Method, Peer, targets_of
+from llmtk_convert.trl import DPO_LOSSES
 
 from llmtk.config.problems import known_keys
 from llmtk.config.run_config import run_config_model
@@ -49,7 +50,7 @@ def test_every_key_that_a_table_puts_is_one_of_ours(peer: Peer, name: str) -> No
 @pytest.mark.parametrize(("peer", "name"), METHODS, ids=IDS)
 def test_every_rule_says_why_and_the_defaults_are_accepted(peer: Peer, name: str) -> None:
     method = peer.methods[name]
-    assert all(getattr(rule, "why", "why") for rule in method.table.values())
+    assert all(rule.why for rule in method.table.values() if isinstance(rule, Leave))
     model = {"trl": "model_name_or_path", "llama-factory": "model_name_or_path", "axolotl": "base_model"}[peer.name]
     made = convert(peer, {model: "builtin", **ASKED[peer.name](name)}, name.partition(",")[0])
     assert made.stage == method.stage
@@ -57,10 +58,16 @@ def test_every_rule_says_why_and_the_defaults_are_accepted(peer: Peer, name: str
 
 
 ASKED: dict[str, Any] = {
-    "trl": lambda name: {"loss_type": name.rpartition(" ")[2]} if "loss_type" in name else {},
+    "trl": lambda name: dict([f"{name.partition(', ')[2]}: text".split(": ")[:2]]) if "," in name else {},
     "llama-factory": lambda name: {"pref_loss": name.rpartition(" ")[2]} if "pref_loss" in name else {},
     "axolotl": lambda name: {},
 }
+
+
+def test_the_losses_of_dpo_are_those_of_our_stage() -> None:
+    from llmtk_stage_dpo import Loss
+
+    assert set(get_args(Loss)) == set(DPO_LOSSES)
 
 
 # Their own lists

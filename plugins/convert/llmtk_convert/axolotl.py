@@ -227,7 +227,7 @@ def _scheduler(value: Any, settings: Settings) -> Answer:
     if settings.get("cosine_min_lr_ratio"):
         return Answer(note="cosine_with_min_lr, by cosine_min_lr_ratio")
     if value in ("one_cycle", "rex", "jagged_restart"):
-        return leave(f"{value}: no schedule of transformers'; cosine is used")
+        return put({"train.lr_scheduler_type": "cosine"}, f"cosine; {value} is no schedule of transformers'")
     return put({"train.lr_scheduler_type": value})
 
 
@@ -255,7 +255,7 @@ def _steps(kind: str) -> By:
         if not value:
             return NOTHING
         if float(value) < 1:
-            return leave("a share of all steps there; here a number of steps")
+            return put({f"train.{kind}_strategy": "epoch"}, "each epoch; there a share of all steps, here a number")
         return put({f"train.{kind}_strategy": "steps", f"train.{kind}_steps": int(value)})
 
     return By(rule, f"train.{kind}_strategy", f"train.{kind}_steps")
@@ -364,7 +364,7 @@ COMMON: dict[str, Rule] = {
     "sdp_attention": _uses("sdpa"),
     "eager_attention": _uses("eager"),
     "flex_attention": _uses("flex_attention"),
-    "rl": Done("the stage"),
+    "rl": Done(),
     "datasets": _sets("data.train"),
     "pretraining_dataset": _sets("data.train"),
     "test_datasets": _sets("data.eval"),
@@ -656,7 +656,7 @@ _SIMPO: dict[str, Rule] = {
 }
 _RM: dict[str, Rule] = {
     **COMMON,
-    "reward_model": Done("the stage rm"),
+    "reward_model": Done(),
     "center_rewards_coefficient": "STAGE.center_rewards_coefficient",
 }
 

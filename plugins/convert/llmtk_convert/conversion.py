@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmtk import ConfigurationError, PluginError
 from llmtk.errors import LlmtkError
 from llmtk_convert import axolotl, llama_factory, trl
-from llmtk_convert.rules import Method, Peer, Settings, apply, leave
+from llmtk_convert.rules import Method, Peer, Settings, apply, leave, targets_of
 
 if TYPE_CHECKING:
     from llmtk.contract import Stage
@@ -73,7 +73,7 @@ def convert(peer: Peer, settings: Settings, method: str | None = None) -> Conver
     stage = _installed(chosen.stage)
     made = Conversion(peer, name, chosen.stage)
     flat = _carry(made, chosen, settings, stage)
-    _write_defaults(made, chosen, flat, stage)
+    _write_defaults(made, chosen, settings, flat, stage)
     made.config = _nested({"stage": chosen.stage, **flat})
     made.remarks += chosen.remarks(settings)
     _check(made, stage)
@@ -124,14 +124,18 @@ def _not_honoured(values: Mapping[str, Any], stage: type[Stage] | None) -> str |
     return next((key for key in values if key.removeprefix("train.") in OPTIONAL_KEYS - stage.honours), None)
 
 
-def _write_defaults(made: Conversion, method: Method, flat: dict[str, Any], stage: type[Stage] | None) -> None:
+def _write_defaults(
+    made: Conversion, method: Method, settings: Settings, flat: dict[str, Any], stage: type[Stage] | None
+) -> None:
     """Write what the other program takes where nothing is said, if our stage takes something else."""
     ours = default_values(made.stage, stage)
+    said = {target for key in settings if key in method.table for target in targets_of(method.table[key])}
     for target, value in method.defaults.items():
         key = target.replace("STAGE.", f"{made.stage}.")
-        if key not in flat and _matters(key, flat) and (key not in ours or ours[key] != value):
-            flat[key] = value
-            made.defaults[key] = f"{_plain(value)} there, {_plain(ours[key])} here" if key in ours else _plain(value)
+        if target in said or not _matters(key, flat) or (key in ours and ours[key] == value):
+            continue
+        flat[key] = value
+        made.defaults[key] = f"{_plain(value)} there, {_plain(ours[key])} here" if key in ours else _plain(value)
 
 
 def _matters(key: str, flat: Mapping[str, Any]) -> bool:
@@ -140,8 +144,6 @@ def _matters(key: str, flat: Mapping[str, Any]) -> bool:
         return any(name.startswith("peft.") for name in flat)
     if key == "train.eval_strategy":
         return "data.eval" in flat
-    if key == "train.warmup_ratio":
-        return "train.warmup_steps" not in flat
     if key.startswith("model.bnb_4bit_"):
         return flat.get("model.quantization") == "4bit"
     return True

@@ -217,7 +217,7 @@ _PACKED = (
 
 COMMON: dict[str, Rule] = {
     **TRAINING_ARGUMENTS,
-    "stage": Done("our stage"),
+    "stage": Done(),
     "model_name_or_path": By(_model, "model.name_or_path"),
     "adapter_name_or_path": By(_adapter_path, "model.name_or_path"),
     "create_new_adapter": Done("read with adapter_name_or_path"),
@@ -380,7 +380,7 @@ _REFERENCE: dict[str, Rule] = {
 }
 _PAIRS: dict[str, Rule] = {
     **COMMON,
-    "pref_loss": Done("the stage and its loss"),
+    "pref_loss": Done(),
     "pref_beta": "STAGE.beta",
     "lora_dropout": _NO_DROPOUT,
     **left("BCO's term is not added to another loss", "pref_bco_weight"),

@@ -150,6 +150,17 @@ def template_file(value: Any, settings: Settings) -> Answer:
     return leave("a folder or a hub name; data.template takes a file, and model.tokenizer another tokenizer")
 
 
+NO_LIMIT = "no limit"
+
+
+def _max_length(value: Any, settings: Settings) -> Answer:
+    if value == NO_LIMIT:
+        return leave(
+            "null is no limit there; here data.max_length has a default, which is to be raised where it is low"
+        )
+    return put({"data.max_length": value})
+
+
 COMMON: dict[str, Rule] = {
     **TRAINING_ARGUMENTS,
     "model_name_or_path": "model.name_or_path",
@@ -180,7 +191,7 @@ COMMON: dict[str, Rule] = {
     "datasets": By(_mixture, "data.train"),
     "test_split_size": By(_test_share, "data.eval"),
     "dataset_num_proc": "data.num_proc",
-    "max_length": By(lambda value, settings: put({"data.max_length": value}), "data.max_length"),
+    "max_length": By(_max_length, "data.max_length"),
     **left("peft's own; peft.target_modules names modules", "lora_target_parameters"),
     **left("quantised weights are stored as bitsandbytes does", "bnb_4bit_quant_storage"),
     **left("keys of from_pretrained that have no key of ours; see the section model", "model_init_kwargs"),
@@ -234,7 +245,7 @@ SFT: dict[str, Rule] = {
     **COMMON,
     "truncation_mode": By(_side, "data.truncation_side"),
     "loss_type": By(_sft_loss, "STAGE.loss"),
-    "dataset_text_field": By(_text_field, "data.columns"),
+    "dataset_text_field": Done(),
     "completion_only_loss": _loss_on({True: "completion", False: "everything"}),
     "assistant_only_loss": _loss_on({True: "assistant"}),
     "chat_template_path": By(template_file, "data.template"),
@@ -250,34 +261,33 @@ SFT: dict[str, Rule] = {
     **left("keys of the preparation there; see the section data", "dataset_kwargs"),
 }
 
+TEXTS: dict[str, Rule] = {
+    **SFT,
+    "dataset_text_field": By(_text_field, "data.columns"),
+    **left(
+        "texts are learnt whole, joined to blocks of data.max_length tokens",
+        "loss_type completion_only_loss assistant_only_loss use_dft_loss truncation_mode chat_template_path",
+        off=(False, "nll", "keep_start"),
+    ),
+    "packing": Done("texts are joined to blocks of data.max_length tokens"),
+}
+
 REFERENCE: dict[str, Rule] = {
     "precompute_ref_log_probs": "train.precompute_reference",
     "precompute_ref_batch_size": Done("train.per_device_eval_batch_size and the token budget bound it"),
 }
-_NO_LOSS_SMOOTHING = "sigmoid honours it here (conservative DPO), and ignores it there"
+_SMOOTHED = "sigmoid honours it here (conservative DPO), and ignores it there"
+DPO_LOSSES = (
+    "sigmoid", "sigmoid_norm", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
+)  # fmt: skip
 
 
 def dpo_losses(value: Any, settings: Settings) -> Answer:
     """Name the losses of dpo, one or several."""
-    names = [{"aot_pair": "aot", "kto_pair": "kto_pair"}.get(name, name) for name in as_list(value)]
-    known = {
-        "sigmoid",
-        "sigmoid_norm",
-        "hinge",
-        "robust",
-        "exo_pair",
-        "nca_pair",
-        "bco_pair",
-        "sppo_hard",
-        "aot",
-        "aot_unpaired",
-        "apo_zero",
-        "apo_down",
-        "discopop",
-        "sft",
-    }
-    if unknown := [name for name in names if name not in known]:
-        return leave(f"{', '.join(unknown)}: no loss of dpo beside others; {', '.join(sorted(known))} are")
+    names = [{"aot_pair": "aot"}.get(name, name) for name in as_list(value)]
+    if unknown := [name for name in names if name not in DPO_LOSSES]:
+        return leave(f"{', '.join(unknown)}: no loss of the stage dpo; {', '.join(DPO_LOSSES)} are")
     return put({"STAGE.loss": names[0] if len(names) == 1 else names})
 
 
@@ -287,7 +297,7 @@ def _smoothing(value: Any, settings: Settings) -> Answer:
         return NOTHING
     if not set(losses) & {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"}:
         return leave(f"loss_type {', '.join(losses)} does not use it")
-    return put({"STAGE.label_smoothing": value}, _NO_LOSS_SMOOTHING if "sigmoid" in losses else "")
+    return put({"STAGE.label_smoothing": value}, _SMOOTHED if "sigmoid" in losses else "")
 
 
 _DIVERGENCES = {"js_divergence": "js", "alpha_divergence": "alpha"}
@@ -346,14 +356,13 @@ DPO: dict[str, Rule] = {
 }
 
 
-_IPO_NOT = "ipo does not use it"
 IPO: dict[str, Rule] = {
     **PAIRS,
     **REFERENCE,
-    "loss_type": Done("the stage ipo"),
+    "loss_type": Done(),
     "ref_model_name_or_path": "model.reference",
     **left(
-        _IPO_NOT,
+        "ipo does not use it",
         "loss_weights label_smoothing f_divergence_type f_alpha_divergence_coef ld_alpha use_weighting",
         "discopop_tau reference_free rpo_alpha sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
         off=(False, 0, "reverse_kl"),
@@ -404,7 +413,7 @@ CPO: dict[str, Rule] = {
 }
 SIMPO: dict[str, Rule] = {
     **PAIRS,
-    "loss_type": Done("the stage simpo"),
+    "loss_type": Done(),
     "cpo_alpha": "STAGE.nll_alpha",
     "label_smoothing": "STAGE.label_smoothing",
     "simpo_gamma": To("STAGE.gamma", note="a margin of rewards, as there: TRL divides it by beta and multiplies again"),
@@ -420,15 +429,17 @@ PROMPT_ROOM = 1024
 """Tokens that are left for a prompt where nothing is said of it."""
 
 
-def rewards(names: Any, settings: Settings) -> Answer:
-    """Name the rewards: TRL's own by those of ours that are nearest, functions by their file."""
-    weights = settings.get("reward_weights") or [None] * len(as_list(names))
-    found, notes = [], []
-    for name, weight in zip(as_list(names), as_list(weights), strict=False):
-        entry, note = _reward(str(name))
-        found.append(entry | ({} if weight is None else {"weight": weight}))
-        notes += [note] if note else []
-    return put({"STAGE.rewards": found}, "; ".join(notes))
+def rewards(value: Any, settings: Settings) -> Answer:
+    """Name the rewards, a model before functions as there: TRL's own by those of ours that are nearest."""
+    models = as_list(settings.get("reward_model_name_or_path") or [])
+    found = [({"model": str(path)}, "a folder of one label, such as a run of rm") for path in models]
+    found += [_reward(str(name)) for name in as_list(settings.get("reward_funcs") or [])]
+    weights = as_list(settings.get("reward_weights") or [None] * len(found))
+    entries = [
+        entry | ({} if weight is None else {"weight": weight})
+        for (entry, _), weight in zip(found, weights, strict=False)
+    ]
+    return put({"STAGE.rewards": entries}, "; ".join(note for _, note in found if note))
 
 
 def _reward(name: str) -> tuple[dict[str, Any], str]:
@@ -442,13 +453,6 @@ def _reward(name: str) -> tuple[dict[str, Any], str]:
         module, _, function = name.rpartition(".")
         return {"file": f"{module.replace('.', '/')}.py", "function": function}, f"{name}: a file, and its function"
     return {"name": name}, f"{name}: if no installed reward is called so, give a file and its function"
-
-
-def _reward_model(value: Any, settings: Settings) -> Answer:
-    models: list[Any] = [{"model": str(path)} for path in as_list(value)]
-    functions = settings.get("reward_funcs")
-    before = rewards(functions, settings).put["STAGE.rewards"] if functions else []
-    return put({"STAGE.rewards": [*models, *before]}, "the reward model is loaded in the run's own process")
 
 
 def prompts(settings: Settings, defaults: Mapping[str, int]) -> dict[str, int]:
@@ -539,7 +543,7 @@ RL: dict[str, Rule] = {
     "epsilon": "STAGE.epsilon",
     "mask_truncated_completions": "STAGE.mask_truncated_completions",
     "reward_funcs": By(rewards, "STAGE.rewards"),
-    "reward_model_name_or_path": By(_reward_model, "STAGE.rewards"),
+    "reward_model_name_or_path": By(rewards, "STAGE.rewards"),
     "reward_weights": Done("weight: beside each of the rewards"),
     "shuffle_dataset": Leave("prompts come in an order drawn from the seed", (True,)),
     "log_completions": Done("four completions are shown at each line of the log, and written to samples.jsonl"),
@@ -587,10 +591,10 @@ def _level(value: Any, settings: Settings) -> Answer:
     return leave("ratios of whole completions are those of grpo.loss gspo and luspo")
 
 
-def _clipped(key: str, *losses: str) -> By:
+def _clipped(key: str, *others: str) -> By:
     def rule(value: Any, settings: Settings) -> Answer:
-        used = settings.get("loss_type") not in losses
-        return put({key: value}) if used else leave(f"loss_type {settings.get('loss_type')} does not use it")
+        loss = settings.get("loss_type")
+        return leave(f"the loss {loss} does not use it here") if loss in others else put({key: value})
 
     return By(rule, key)
 
@@ -603,7 +607,10 @@ def _kl(value: Any, settings: Settings) -> Answer:
 
 def _grpo_beta(value: Any, settings: Settings) -> Answer:
     corrected = bool(value) and settings.get("use_bias_correction_kl") is not False
-    return put({"STAGE.beta": value} | ({"STAGE.kl_correction": True} if corrected else {}))
+    if not corrected:
+        return put({"STAGE.beta": value})
+    note = "with kl_correction, since use_bias_correction_kl is on there unless told otherwise"
+    return put({"STAGE.beta": value, "STAGE.kl_correction": True}, note)
 
 
 def _of_sapo(key: str) -> By:
@@ -702,13 +709,14 @@ def _remarks_of_sft(settings: Settings) -> list[str]:
     if not settings.get("assistant_only_loss"):
         told.append(
             "assistant_only_loss is not set: of dialogues TRL learns every token, a run what the assistant says "
-            "(data.loss_on: everything is TRL's)"
+            "(data.loss_on: everything is TRL's). Rows of plain text are for the stage pt: give dataset_text_field"
         )
     return told
 
 
 METHODS = {
     "sft": Method("sft", SFT, DEFAULTS_OF["sft"], _remarks_of_sft),
+    "sft, dataset_text_field": Method("pt", TEXTS, DEFAULTS_OF["sft"], remarks),
     "dpo": Method("dpo", DPO, DEFAULTS_OF["pairs"], remarks),
     "dpo, loss_type: ipo": Method("ipo", IPO, DEFAULTS_OF["pairs"], remarks),
     "kto": Method("kto", KTO, DEFAULTS_OF["pairs"], remarks),
@@ -740,9 +748,16 @@ def choose(settings: Settings, method: str | None) -> str:
         raise ConfigurationError(
             f"there is no stage for TRL's {name!r}; there is one for {', '.join(NAMES)}.{suggest(name, NAMES)}"
         )
+    if name == "sft" and settings.get("dataset_text_field"):
+        return "sft, dataset_text_field"
     losses = as_list(settings.get("loss_type") or [])
     special = f"{name}, loss_type: {losses[0]}" if len(losses) == 1 else ""
     return special if special in METHODS else name
 
 
-PEER = Peer("trl", "TRL", "1.16", METHODS, choose)
+def prepare(settings: Settings) -> Settings:
+    """Tell `max_length: null`, which takes a limit away, from keys without a value, which say nothing."""
+    return {**settings, "max_length": NO_LIMIT} if settings.get("max_length", NO_LIMIT) is None else settings
+
+
+PEER = Peer("trl", "TRL", "1.16", METHODS, choose, prepare)
