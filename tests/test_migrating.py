@@ -1,4 +1,4 @@
-"""The page for those who come from other programs: its commands run as they stand, and write the files that it shows."""
+"""The page for those who come from other programs: its commands run as they stand, and write the files it shows."""
 
 from __future__ import annotations
 

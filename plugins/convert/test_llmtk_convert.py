@@ -414,6 +414,8 @@ def test_methods_that_there_is_no_stage_for_name_those_there_are(write: Write) -
 def test_words_that_are_no_command_line_and_values_that_do_not_fit(write: Write) -> None:
     assert "give one file, or TRL's command line" in error("a.yaml", "b.yaml")
     assert "a setting of TRL's is written --name value" in error("trl", "sft", "stray")
+    told = error(write("base_model: m\nlearning_rate: fast\n"))
+    assert 'theirs.yaml: learning_rate: axolotl takes no such value: "fast"' in told
     told = error(write("base_model: m\nsequence_len: long\n"))
     assert "data.max_length: expected a whole number, got" in told
 

@@ -8,9 +8,10 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from llmtk import ConfigurationError, PluginError
+from llmtk.config.problems import shown
 from llmtk.errors import LlmtkError
 from llmtk_convert import axolotl, llama_factory, trl
-from llmtk_convert.rules import Method, Peer, Settings, apply, leave, targets_of
+from llmtk_convert.rules import Answer, Method, Peer, Rule, Settings, apply, leave, targets_of
 
 if TYPE_CHECKING:
     from llmtk.contract import Stage
@@ -92,9 +93,9 @@ def _installed(stage: str) -> type[Stage] | None:
 def _carry(made: Conversion, method: Method, settings: Settings, stage: type[Stage] | None) -> dict[str, Any]:
     """Apply the rule of each key; return our keys, dotted, and their values."""
     flat: dict[str, Any] = {}
-    for key, value in settings.items():
+    for key in settings:
         rule = method.table.get(key)
-        answer = leave(_unknown(made, key)) if rule is None else apply(rule, value, settings)
+        answer = leave(_unknown(made, key)) if rule is None else _answer(made, key, rule, settings)
         values = {target.replace("STAGE.", f"{made.stage}."): item for target, item in answer.put.items()}
         if unused := _not_honoured(values, stage):
             answer, values = leave(f"{made.stage} does not use {unused}"), {}
@@ -106,6 +107,14 @@ def _carry(made: Conversion, method: Method, settings: Settings, stage: type[Sta
         else:
             made.carried.append(key)
     return flat
+
+
+def _answer(made: Conversion, key: str, rule: Rule, settings: Settings) -> Answer:
+    try:
+        return apply(rule, settings[key], settings)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Of this key, or of one that it goes together with.
+        raise ConfigurationError(f"{key}: {made.peer.title} takes no such value: {shown(settings[key])}") from error
 
 
 def _unknown(made: Conversion, key: str) -> str:
