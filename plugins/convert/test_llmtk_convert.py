@@ -18,6 +18,7 @@ from llmtk import ConfigurationError
 from llmtk.config.reading import read_file
 from llmtk.config.sections import DataConfig
 from llmtk.data import read_splits
+from llmtk.host.discovery import get_stage
 
 Write = Callable[..., Path]
 
@@ -383,6 +384,33 @@ def test_preferences_of_axolotl_name_their_columns() -> None:
         {"path": "a/b", "split": "train", "columns": {"question": "instruction"}},
         {"path": "c.jsonl", "columns": {"q": "instruction"}},
     ]
+
+
+ASK, SAY, NAY = ({"role": "assistant" if text != "q" else "user", "content": text} for text in "qab")
+
+
+@pytest.mark.parametrize(
+    ("rl", "entry", "row"),
+    [
+        (None, {"type": "alpaca"}, {"instruction": "q", "input": "", "output": "a"}),
+        (None, {"type": {"field_instruction": "x", "field_output": "y"}}, {"x": "q", "y": "a"}),
+        (None, {"type": "chat_template", "field_messages": "talk"}, {"talk": [ASK, SAY]}),
+        (None, {"type": "completion", "field": "body"}, {"body": "q a"}),
+        ("dpo", {"type": "chat_template.default"}, {"messages": [ASK], "chosen": SAY, "rejected": NAY}),
+        ("dpo", {"type": "chatml.intel"}, {"system": "s", "question": "q", "chosen": "a", "rejected": "b"}),
+        ("dpo", {"type": "llama3.ultra"}, {"prompt": "q", "chosen": [ASK, SAY], "rejected": [ASK, NAY]}),
+        ("orpo", {"type": "chat_template.argilla"}, {"chosen": [ASK, SAY], "rejected": [ASK, NAY]}),
+        ("kto", {"type": "llama3.intel"}, {"question": "q", "completion": "a", "label": True}),
+    ],
+)
+def test_data_sets_of_axolotl_are_read_by_their_type(rl: str | None, entry: Any, row: Any, write: Write) -> None:
+    path = str(write(json.dumps(row), "rows.jsonl"))
+    made = of("axolotl", rl=rl, base_model="m", datasets=[{"path": path, "ds_type": "json", **entry}])
+    config = DataConfig.model_validate(made.config["data"])
+    (found,) = read_splits(config, get_stage(made.stage).row_types, seed=1).train
+    if rl == "dpo":
+        assert found.prompt[-1] == ASK  # type: ignore[union-attr]
+        assert found.chosen == [SAY]  # type: ignore[union-attr]
 
 
 # What is refused

@@ -34,16 +34,19 @@ from llmtk_convert.trl import PROMPT_ROOM, attention, source, targets
 
 _ASK = {"intel": "question", "icr": "input", "prompt_pairs": "prompt", "ultra": "prompt", "argilla": "instruction"}
 """The column that is the question, by the second word of a preference type: chatml.intel, llama3.icr."""
+_BUILDERS = ("json", "csv", "parquet", "text")
+"""Paths that say how data_files are read."""
+Columns = dict[str, str | None]
 
 
-def read_source(entry: Mapping[str, Any]) -> tuple[list[Any], list[str]]:
+def read_source(entry: Mapping[str, Any], method: Any = None) -> tuple[list[Any], list[str]]:
     """Return an entry of `datasets` as sources of ours, and what of it is different or lost."""
     notes: list[str] = []
-    columns = _columns(entry, notes)
+    columns = _columns(entry, method, notes)
     path, files = str(entry.get("path", "")), as_list(entry.get("data_files") or [])
-    if files and path not in ("json", "csv", "parquet", "text", *[f for f in files if f == path]):
+    if files and path not in (*_BUILDERS, *files):
         notes.append(f"data_files of {path}: give them as paths")
-    if path in ("json", "csv", "parquet", "text"):
+    if path in _BUILDERS:
         found = [source(str(file)) for file in files]
     else:
         found = [source(path, entry.get("name"), entry.get("split"), entry.get("revision"))]
@@ -53,38 +56,21 @@ def read_source(entry: Mapping[str, Any]) -> tuple[list[Any], list[str]]:
 
 
 _READ = {
-    "path",
-    "name",
-    "split",
-    "revision",
-    "type",
-    "data_files",
-    "ds_type",
-    "field",
-    "field_messages",
-    "field_chosen",
-    "field_rejected",
-    "field_tools",
-    "field_system",
-    "message_property_mappings",
-    "message_field_role",
-    "message_field_content",
-    "text_column",
-    "roles",
-    "chat_template",
-    "trust_remote_code",
-    "conversation",
-}
+    "path", "name", "split", "revision", "type", "data_files", "ds_type", "field", "field_messages", "field_chosen",
+    "field_rejected", "field_tools", "field_system", "message_property_mappings", "message_field_role",
+    "message_field_content", "text_column", "roles", "chat_template", "trust_remote_code", "conversation",
+}  # fmt: skip
+"""Keys of an entry that are read here, or say what is so in any case."""
 
 
-def _with(item: Any, columns: Mapping[str, str]) -> Any:
+def _with(item: Any, columns: Columns) -> Any:
     renamed = {old: new for old, new in columns.items() if old != new}
     if not renamed:
         return item if isinstance(item, str) or len(item) > 1 else item["path"]
     return {**({"path": item} if isinstance(item, str) else item), "columns": renamed}
 
 
-def _columns(entry: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
+def _columns(entry: Mapping[str, Any], method: Any, notes: list[str]) -> Columns:
     """Return columns of the data by our names."""
     kind = entry.get("type")
     if isinstance(kind, Mapping):
@@ -98,21 +84,32 @@ def _columns(entry: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
         notes.append("alpaca: by the chat template, where there Alpaca's own words stand around the instruction")
         return {}
     if name in ("chatml", "llama3", "zephyr"):
-        notes.append(f"{kind}: by the tokenizer's own chat template")
-        return {_ASK[variant]: "instruction"} if variant in _ASK else {}
+        return _preferences(str(kind), method, notes)
     notes.append(f"type {kind}: say by columns what its columns are (docs: data)")
     return {}
 
 
-def _messages(entry: Mapping[str, Any], *, preferences: bool) -> dict[str, str]:
+def _preferences(kind: str, method: Any, notes: list[str]) -> Columns:
+    """Return the columns of a type such as chatml.intel, whose words stand around the question."""
+    variant = kind.partition(".")[2]
+    if method == "kto":
+        notes.append(f"{kind}: prompt and completion as they stand; rows of messages go through the chat template")
+        return {_ASK[variant]: "prompt"} if variant in _ASK else {}
+    notes.append(f"{kind}: by the tokenizer's own chat template")
+    if variant == "ultra":  # chosen and rejected are messages, and begin with the prompt
+        return {"prompt": None}
+    return {_ASK[variant]: "instruction"} if variant in _ASK else {}
+
+
+def _messages(entry: Mapping[str, Any], *, preferences: bool) -> Columns:
     named = entry.get("message_property_mappings") or {}
     role = named.get("role") or entry.get("message_field_role")
     field = str(entry.get("field_messages") or ("conversations" if entry.get("type") == "sharegpt" else "messages"))
     if preferences:
-        answers = {str(entry.get(f"field_{name}") or name): name for name in ("chosen", "rejected")}
+        answers: Columns = {str(entry.get(f"field_{name}") or name): name for name in ("chosen", "rejected")}
         return {field: "prompt", **answers}
     ours = "conversations" if role == "from" or (role is None and field == "conversations") else "messages"
-    tools = {str(entry["field_tools"]): "tools"} if entry.get("field_tools") else {}
+    tools: Columns = {str(entry["field_tools"]): "tools"} if entry.get("field_tools") else {}
     return {field: ours, **tools}
 
 
@@ -129,7 +126,7 @@ _FIELDS = {
 }
 
 
-def _own_columns(kind: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
+def _own_columns(kind: Mapping[str, Any], notes: list[str]) -> Columns:
     if formats := sorted(key for key in kind if key not in _FIELDS and kind[key]):
         notes.append(f"without {', '.join(formats)}: the chat template renders the columns")
     fields = dict(_FIELDS) | ({"field_prompt": "prompt"} if kind.get("field_completion") else {})
@@ -141,7 +138,7 @@ def _sets(key: str) -> By:
         sources: list[Any] = []
         notes: list[str] = []
         for entry in as_list(value):
-            found, told = read_source(entry if isinstance(entry, Mapping) else {"path": entry})
+            found, told = read_source(entry if isinstance(entry, Mapping) else {"path": entry}, settings.get("rl"))
             sources += found
             notes += [note for note in told if note not in notes]
         return put({key: sources[0] if len(sources) == 1 else sources}, "; ".join(notes))
