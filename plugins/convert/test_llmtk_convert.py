@@ -169,6 +169,15 @@ def test_reinforcement_keeps_rewards_lengths_and_the_kl() -> None:
     assert made.config["train"]["disable_dropout"] is False, "TRL leaves dropout on"
 
 
+def test_what_a_run_would_still_ask_for_is_said_and_no_reward_is_loaded(write: Write) -> None:
+    write("raise SystemExit('run')", "mine.py")
+    settings = {"model_name_or_path": "builtin", "dataset_name": "rows.jsonl"}
+    assert of("trl", "grpo", **settings, reward_funcs=["mine.score"]).remarks == []
+    assert of("trl", "grpo", **settings).remarks == ["Still to be given: grpo.rewards"]
+    (told,) = of("trl", "grpo", **settings, num_generations=1, reward_funcs="mine.score").remarks
+    assert told.startswith("To be settled before a run: grpo.num_generations: 1 leaves nothing to compare")
+
+
 def test_a_dataset_of_the_hub_keeps_its_splits_and_is_evaluated_when_asked() -> None:
     settings = {"dataset_name": "trl-lib/Capybara", "dataset_config": "main", "dataset_test_split": "held"}
     made = of("trl", "sft", **settings)

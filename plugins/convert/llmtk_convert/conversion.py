@@ -194,11 +194,9 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(made: Conversion, stage: type[Stage] | None) -> None:
     """Hold what came out against our own configuration, and say what a run would still ask for."""
-    missing = [
-        f"{section}.{key}"
-        for section, key in (("data", "train"), ("model", "name_or_path"))
-        if not made.config.get(section, {}).get(key)
-    ]
+    needed = [("data", "train"), ("model", "name_or_path")]
+    needed += [(made.stage, "rewards")] if stage is not None and "reward" in stage.needs else []
+    missing = [f"{section}.{key}" for section, key in needed if not made.config.get(section, {}).get(key)]
     made.remarks += [f"Still to be given: {key}" for key in missing]
     if stage is None:
         made.remarks.append(
@@ -211,15 +209,16 @@ def _check(made: Conversion, stage: type[Stage] | None) -> None:
         resolve(made.stage, stage, made.config)
     except ConfigurationError as error:
         raise ConfigurationError(f"the values do not fit llmtk's configuration. {error}") from None
-    made.remarks += [] if missing else _asked_of_a_run(made)
+    made.remarks += [] if set(missing) & {"data.train", "model.name_or_path"} else _asked_of_a_run(made)
 
 
 def _asked_of_a_run(made: Conversion) -> list[str]:
-    """Return what the stage itself refuses, before it loads anything."""
+    """Return what the stage itself refuses, before it loads anything. Rewards are code, which is not loaded here."""
     from llmtk.run import Run
 
+    options = {key: value for key, value in made.config.get(made.stage, {}).items() if key != "rewards"}
     try:
-        run = Run.from_layers(made.stage, made.config)
+        run = Run.from_layers(made.stage, {**made.config, made.stage: options})
         run.stage.check(run)
     except LlmtkError as error:
         return [f"To be settled before a run: {error}"]
