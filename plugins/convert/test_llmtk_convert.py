@@ -1,0 +1,470 @@
+"""What comes out of small files of each program, what is said of it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from llmtk_convert.command import command
+from llmtk_convert.conversion import PEERS, Conversion, convert
+from llmtk_convert.reading import read_command, read_settings
+
+from llmtk import ConfigurationError
+from llmtk.config.reading import read_file
+from llmtk.config.sections import DataConfig
+from llmtk.data import read_splits
+from llmtk.host.discovery import get_stage
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Write a file into the working folder, and return its path."""
+    monkeypatch.chdir(tmp_path)
+
+    def written(text: str, name: str = "theirs.yaml") -> Path:
+        file = Path(name)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        return file
+
+    return written
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(command, [str(word) for word in words])
+
+
+def error(*words: str | Path) -> str:
+    done = run(*words)
+    assert isinstance(done.exception, ConfigurationError), done.output
+    assert done.exception.exit_code == 2
+    return str(done.exception)
+
+
+def of(peer: str, method: str | None = None, **settings: Any) -> Conversion:
+    return convert(PEERS[peer], settings, method)
+
+
+# TRL
+
+
+def test_a_file_of_trl_becomes_ours_with_its_defaults_and_says_what_it_left(write: Write) -> None:
+    file = write(
+        """
+model_name_or_path: builtin
+dataset_name: pairs.jsonl
+learning_rate: 5e-7
+use_peft: true
+lora_r: 8
+beta: 0.2
+loss_type: hinge
+eval_steps: 10
+push_to_hub: true
+hub_token: null
+packing_free: 3
+"""
+    )
+    done = run(file, "--from", "trl", "--method", "dpo", "--output", "ours.yaml")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == ""
+    assert read_file("ours.yaml") == {
+        "stage": "dpo",
+        "model": {"name_or_path": "builtin"},
+        "data": {"train": "pairs.jsonl", "max_length": 1024},
+        "peft": {"method": "lora", "r": 8},
+        "train": {"learning_rate": 5e-7, "gradient_checkpointing": True},
+        "dpo": {"beta": 0.2, "loss": "hinge"},
+    }
+    said = done.stderr
+    assert "TRL, dpo -> stage dpo; 7 keys carried over" in said
+    assert "push_to_hub: nothing is sent to the hub" in said
+    assert "eval_steps: it is used under eval_strategy: steps alone, there too" in said
+    assert "packing_free: unknown to TRL 1.16" in said
+    assert "data.max_length: 1024 there, 2048 here" in said
+    assert "peft adapts the layers that it lists" in said
+    assert "hub_token" not in said, "a key without a value says nothing"
+
+
+def test_a_command_line_of_trl_is_read_with_its_file(write: Write) -> None:
+    write("learning_rate: 1e-4\nuse_peft: true\nmax_length: 512\n", "sft.yaml")
+    words = (
+        "trl sft --config sft.yaml --model_name_or_path builtin --dataset-name rows.jsonl --learning_rate=1e-5 "
+        "--lora_target_modules q_proj v_proj --no_gradient_checkpointing --bf16 --max_steps -1 "
+        """--lr_scheduler_kwargs {"min_lr":1e-6}"""
+    )
+    done = run(*words.split())
+    assert done.exit_code == 0, done.output
+    ours = yaml.safe_load(done.stdout)
+    assert ours["train"] == {
+        "learning_rate": 1e-5, "gradient_checkpointing": False, "bf16": True, "max_steps": -1,
+        "lr_scheduler_kwargs": {"min_lr": 1e-6},
+    }  # fmt: skip
+    assert ours["data"] == {"train": "rows.jsonl", "max_length": 512}
+    assert ours["peft"]["target_modules"] == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "trl dpo --beta 0.2",
+        "python trl/scripts/dpo.py --beta 0.2",
+        "accelerate launch --config_file a dpo.py --beta 0.2",
+    ],
+)
+def test_a_method_is_found_however_trl_is_started(words: str) -> None:
+    assert read_command(words.split(), PEERS["trl"].keys) == ("dpo", {"beta": 0.2})
+
+
+def test_losses_of_trl_that_are_stages_of_ours_are_these() -> None:
+    assert of("trl", "dpo", loss_type=["ipo"], beta=0.3).config["ipo"] == {"beta": 0.3}
+    simpo = of("trl", "cpo", loss_type="simpo", simpo_gamma=1.5)
+    assert simpo.config["simpo"] == {"gamma": 1.5, "beta": 0.1, "nll_alpha": 1.0}
+    assert of("trl", "reward", center_rewards_coefficient=0.01).config["rm"] == {"center_rewards_coefficient": 0.01}
+    several = of("trl", "dpo", loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0])
+    assert several.config["dpo"] == {"loss": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        # 64 completions a step, 8 of each of 8 prompts
+        ({"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4}, (2, 4, None)),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 16}, (1, 8, None)),
+        # 64 completions in two steps
+        ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "steps_per_generation": 8}, (1, 8, 2)),
+        ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "generation_batch_size": 64}, (1, 8, 2)),
+    ],
+)
+def test_batches_of_completions_become_batches_of_prompts(theirs: dict[str, int], ours: tuple[Any, ...]) -> None:
+    made = of("trl", "grpo", num_generations=8, **theirs).config
+    train = made["train"]
+    assert (
+        train["per_device_train_batch_size"],
+        train["gradient_accumulation_steps"],
+        made["grpo"].get("mini_batches"),
+    ) == ours
+
+
+def test_reinforcement_keeps_rewards_lengths_and_the_kl() -> None:
+    made = of(
+        "trl", "grpo", beta=0.04, reward_funcs=["think_format_reward", "mine.score"], reward_weights=[0.5, 1.0],
+        max_completion_length=1536, max_prompt_length=512, loss_type="grpo", importance_sampling_level="sequence",
+        scale_rewards=False, use_vllm=True,
+    )  # fmt: skip
+    options = made.config["grpo"]
+    assert options["kl_correction"] is True
+    assert options["loss"] == "gspo"
+    assert options["scale_rewards"] == "none"
+    assert [reward["weight"] for reward in options["rewards"]] == [0.5, 1.0]
+    assert options["rewards"][1] == {"file": "mine.py", "function": "score", "weight": 1.0}
+    assert made.config["data"] == {"max_length": 2048}
+    assert "generation.engine" in made.left["use_vllm"]
+    assert made.config["train"]["disable_dropout"] is False, "TRL leaves dropout on"
+
+
+def test_what_a_run_would_still_ask_for_is_said_and_no_reward_is_loaded(write: Write) -> None:
+    write("raise SystemExit('run')", "mine.py")
+    settings = {"model_name_or_path": "builtin", "dataset_name": "rows.jsonl"}
+    assert of("trl", "grpo", **settings, reward_funcs=["mine.score"]).remarks == []
+    assert of("trl", "grpo", **settings).remarks == ["Still to be given: grpo.rewards"]
+    (told,) = of("trl", "grpo", **settings, num_generations=1, reward_funcs="mine.score").remarks
+    assert told.startswith("To be settled before a run: grpo.num_generations: 1 leaves nothing to compare")
+
+
+def test_a_dataset_of_the_hub_keeps_its_splits_and_is_evaluated_when_asked() -> None:
+    settings = {"dataset_name": "trl-lib/Capybara", "dataset_config": "main", "dataset_test_split": "held"}
+    made = of("trl", "sft", **settings)
+    assert made.config["data"]["train"] == {"path": "trl-lib/Capybara", "name": "main", "split": "train"}
+    assert "eval" not in made.config["data"]
+    made = of("trl", "sft", **settings, eval_strategy="epoch")
+    assert made.config["data"]["eval"] == {"path": "trl-lib/Capybara", "name": "main", "split": "held"}
+
+
+def test_no_limit_is_said_and_texts_are_pretraining() -> None:
+    made = of("trl", "sft", max_length=None, model_name_or_path="m")
+    assert "null is no limit there" in made.left["max_length"]
+    assert "data" not in made.config
+    made = of("trl", "sft", dataset_text_field="body", dataset_name="a.jsonl", packing=True)
+    assert made.stage == "pt"
+    assert made.config["data"]["columns"] == {"body": "text"}
+
+
+def test_what_a_stage_does_not_use_is_left_and_an_optimizer_that_is_refused_too() -> None:
+    made = of("trl", "dpo", neftune_noise_alpha=5, optim="galore_adamw", report_to="none", lora_dropout=0.1)
+    assert made.left["neftune_noise_alpha"] == "dpo does not use train.neftune_noise_alpha"
+    assert "galore_adamw" in made.left["optim"]
+    assert "without use_peft" not in made.left["lora_dropout"]
+    assert made.config["train"]["report_to"] == []
+    assert "num_generations" in of("trl", "dpo", num_generations=4).left
+
+
+# LLaMA-Factory
+
+INFO = {
+    "mine": {"file_name": "mine.json", "columns": {"prompt": "ask", "response": "say"}},
+    "talks": {
+        "file_name": "talks.jsonl", "formatting": "sharegpt", "columns": {"messages": "turns", "images": "pictures"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    },
+    "hub": {"hf_hub_url": "some/pairs", "subset": "a", "columns": {"chosen": "good", "rejected": "bad"}},
+    "far": {"ms_hub_url": "some/where"},
+}  # fmt: skip
+FACTORY = """
+stage: {stage}
+model_name_or_path: builtin
+finetuning_type: lora
+lora_rank: 4
+lora_target: q_proj,v_proj
+dataset: mine,talks
+template: llama3
+cutoff_len: 256
+val_size: 0.1
+eval_strategy: steps
+warmup_ratio: 0.1
+plot_loss: true
+"""
+
+
+def test_a_file_of_llama_factory_becomes_ours_with_its_data(write: Write) -> None:
+    write(json.dumps(INFO), "data/dataset_info.json")
+    done = run(write(FACTORY.format(stage="sft")))
+    assert done.exit_code == 0, done.output
+    ours = yaml.safe_load(done.stdout)
+    assert ours["data"] == {
+        "train": [
+            {"path": "data/mine.json", "columns": {"ask": "instruction", "say": "output"}},
+            {"path": "data/talks.jsonl", "columns": {"turns": "messages"}},
+        ],
+        "max_length": 256,
+        "eval": 0.1,
+    }
+    assert ours["peft"] == {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    assert ours["train"] == {
+        "eval_strategy": "steps", "warmup_ratio": 0.1, "bf16": False, "gradient_checkpointing": True,
+        "learning_rate": 5e-5,
+    }  # fmt: skip
+    assert "LLaMA-Factory, sft -> stage sft" in done.stderr
+    assert "template: llama3: the tokenizer's own chat template is used" in done.stderr
+    assert "without talks: columns.images" in done.stderr
+
+
+def test_the_data_are_read_as_the_columns_say(write: Write) -> None:
+    write(json.dumps(INFO), "data/dataset_info.json")
+    write(json.dumps([{"ask": "1+1=", "say": "2"}]), "data/mine.json")
+    write(
+        json.dumps({"turns": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}),
+        "data/talks.jsonl",
+    )
+    made = convert(PEERS["llama-factory"], read_settings(write(FACTORY.format(stage="sft"))))
+    made.config["data"].pop("eval")
+    splits = read_splits(DataConfig.model_validate(made.config["data"]), ["dialogue"], seed=1)
+    assert [row.place.partition(":")[0] for row in splits.train] == ["data/mine.json", "data/talks.jsonl"]
+
+
+def test_data_sets_become_a_catalog(write: Write) -> None:
+    done = run(write(json.dumps(INFO), "data/dataset_info.json"), "--output", "sets.yaml")
+    assert done.exit_code == 0, done.output
+    assert read_file("sets.yaml") == {
+        "mine": {"path": "data/mine.json", "columns": {"ask": "instruction", "say": "output"}},
+        "talks": {"path": "data/talks.jsonl", "columns": {"turns": "messages"}},
+        "hub": {"path": "some/pairs", "name": "a", "split": "train", "columns": {"good": "chosen", "bad": "rejected"}},
+        "far": "some/where",
+    }
+    assert "far: ms_hub_url" in done.stderr
+    made = of("llama-factory", dataset="mine", dataset_dir="elsewhere")
+    assert made.config["data"] == {"train": ["mine"], "catalog": "sets.yaml"}
+    assert "llmtk convert elsewhere/dataset_info.json" in made.changed["dataset"]
+
+
+@pytest.mark.parametrize(("loss", "stage"), [("sigmoid", "dpo"), ("ipo", "ipo"), ("orpo", "orpo"), ("simpo", "simpo")])
+def test_preferences_of_llama_factory_choose_their_stage(loss: str, stage: str) -> None:
+    made = of("llama-factory", stage="dpo", pref_loss=loss, pref_beta=0.5, finetuning_type="full")
+    assert made.stage == stage
+    assert made.config[stage]["beta"] == 0.5
+    assert "peft" not in made.config
+
+
+def test_freezing_continuing_and_proximal_policies() -> None:
+    made = of("llama-factory", finetuning_type="freeze", freeze_trainable_layers=3)
+    assert made.config["model"] == {"train_only": 3}
+    made = of("llama-factory", model_name_or_path="base", adapter_name_or_path="saves/lora", quantization_bit=4)
+    assert made.config["model"] == {"name_or_path": "saves/lora", "quantization": "4bit"}
+    made = of("llama-factory", stage="ppo", reward_model="saves/rm", cutoff_len=512, max_new_tokens=128, top_p=0.9)
+    assert made.config["data"] == {"max_length": 640}
+    assert made.config["ppo"]["rewards"] == [{"model": "saves/rm"}]
+    assert made.config["ppo"]["kl_control"] == "adaptive"
+    made = of("llama-factory", finetuning_type="oft")
+    assert "LoRA" in made.left["finetuning_type"]
+    assert "peft" not in made.config
+
+
+# axolotl
+
+
+def test_a_file_of_axolotl_becomes_ours(write: Write) -> None:
+    file = write(
+        """
+base_model: builtin
+load_in_4bit: false
+datasets:
+  - path: json
+    data_files: talks.jsonl
+    type: chat_template
+    field_messages: turns
+    message_property_mappings: {role: from, content: value}
+    roles_to_train: [assistant]
+val_set_size: 0.1
+adapter: lora
+lora_r: 8
+lora_target_linear: true
+sequence_len: 1024
+sample_packing: yes
+wandb_project:
+micro_batch_size: 2
+optimizer: adamw_torch
+learning_rate: 0.0002
+bf16: auto
+evals_per_epoch: 4
+saves_per_epoch: 1
+flash_attention: true
+special_tokens: {pad_token: <pad>}
+"""
+    )
+    done = run(file)
+    assert done.exit_code == 0, done.output
+    assert yaml.safe_load(done.stdout) == {
+        "stage": "sft",
+        "model": {"name_or_path": "builtin", "attn_implementation": "flash_attention_2"},
+        "data": {
+            "train": {"path": "talks.jsonl", "columns": {"turns": "conversations"}},
+            "eval": 0.1,
+            "max_length": 1024,
+            "on_too_long": "drop",
+        },
+        "peft": {"method": "lora", "r": 8, "target_modules": "all-linear"},
+        "train": {
+            "per_device_train_batch_size": 2, "optim": "adamw_torch", "learning_rate": 0.0002,
+            "eval_strategy": "epoch", "save_strategy": "epoch", "num_train_epochs": 1.0,
+            "lr_scheduler_type": "cosine", "warmup_ratio": 0.03,
+        },
+    }  # fmt: skip
+    assert "evals_per_epoch: once an epoch, and not 4 times" in done.stderr
+    assert "datasets: without roles_to_train" in done.stderr
+    assert "sample_packing: rows are packed for computing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage"),
+    [
+        ({"rl": "dpo", "rl_beta": 0.2}, "dpo"),
+        ({"rl": "kto", "kto_desirable_weight": 0.5}, "kto"),
+        ({"rl": "simpo", "simpo_gamma": 1.0}, "simpo"),
+        ({"rl": "orpo", "orpo_alpha": 0.2}, "orpo"),
+        ({"reward_model": True}, "rm"),
+        ({"pretraining_dataset": [{"path": "some/texts"}]}, "pt"),
+        ({"datasets": [{"path": "some/texts", "type": "completion"}]}, "pt"),
+        ({"rl": "grpo", "micro_batch_size": 8, "trl": {"num_generations": 4, "beta": 0.1}}, "grpo"),
+    ],
+)
+def test_methods_of_axolotl_choose_their_stage(settings: dict[str, Any], stage: str) -> None:
+    made = of("axolotl", base_model="builtin", learning_rate="1e-5", **settings)
+    assert made.stage == stage
+    assert made.left == {}
+    if stage == "grpo":
+        assert made.config["train"]["per_device_train_batch_size"] == 2
+        assert made.config["grpo"] == {
+            "num_generations": 4, "beta": 0.1, "kl_correction": True, "max_completion_length": 512,
+        }  # fmt: skip
+
+
+def test_preferences_of_axolotl_name_their_columns() -> None:
+    data = [
+        {"path": "a/b", "split": "train", "type": "chatml.intel"},
+        {"path": "c.jsonl", "type": {"field_prompt": "q"}},
+    ]
+    assert of("axolotl", rl="dpo", datasets=data).config["data"]["train"] == [
+        {"path": "a/b", "split": "train", "columns": {"question": "instruction"}},
+        {"path": "c.jsonl", "columns": {"q": "instruction"}},
+    ]
+
+
+ASK, SAY, NAY = ({"role": "assistant" if text != "q" else "user", "content": text} for text in "qab")
+
+
+@pytest.mark.parametrize(
+    ("rl", "entry", "row"),
+    [
+        (None, {"type": "alpaca"}, {"instruction": "q", "input": "", "output": "a"}),
+        (None, {"type": {"field_instruction": "x", "field_output": "y"}}, {"x": "q", "y": "a"}),
+        (None, {"type": "chat_template", "field_messages": "talk"}, {"talk": [ASK, SAY]}),
+        (None, {"type": "completion", "field": "body"}, {"body": "q a"}),
+        ("dpo", {"type": "chat_template.default"}, {"messages": [ASK], "chosen": SAY, "rejected": NAY}),
+        ("dpo", {"type": "chatml.intel"}, {"system": "s", "question": "q", "chosen": "a", "rejected": "b"}),
+        ("dpo", {"type": "llama3.ultra"}, {"prompt": "q", "chosen": [ASK, SAY], "rejected": [ASK, NAY]}),
+        ("orpo", {"type": "chat_template.argilla"}, {"chosen": [ASK, SAY], "rejected": [ASK, NAY]}),
+        ("kto", {"type": "llama3.intel"}, {"question": "q", "completion": "a", "label": True}),
+    ],
+)
+def test_data_sets_of_axolotl_are_read_by_their_type(rl: str | None, entry: Any, row: Any, write: Write) -> None:
+    path = str(write(json.dumps(row), "rows.jsonl"))
+    made = of("axolotl", rl=rl, base_model="m", datasets=[{"path": path, "ds_type": "json", **entry}])
+    config = DataConfig.model_validate(made.config["data"])
+    (found,) = read_splits(config, get_stage(made.stage).row_types, seed=1).train
+    if rl == "dpo":
+        assert found.prompt[-1] == ASK  # type: ignore[union-attr]
+        assert found.chosen == [SAY]  # type: ignore[union-attr]
+
+
+# What is refused
+
+
+def test_files_that_are_none_of_them_are_refused(write: Write) -> None:
+    assert "none of TRL, LLaMA-Factory, axolotl has such keys" in error(write("title: x\nauthor: y\n"))
+    assert "theirs.yaml, line 3: is not YAML" in error(write("a: 1\nb: [\n"))
+    assert "holds no settings" in error(write(""))
+    assert "a configuration is keys and values" in error(write("- a\n"))
+    assert "there is no such configuration file" in error("absent.yaml")
+    assert "a configuration of llmtk's own already" in error(write("stage: sft\ntrain: {learning_rate: 1}\n"))
+    assert "in use by TRL and by LLaMA-Factory" in error(write("model_name_or_path: m\nlearning_rate: 1e-5\n"))
+    assert "exists already" in error(write("base_model: m\n"), "--output", "theirs.yaml")
+
+
+def test_methods_that_there_is_no_stage_for_name_those_there_are(write: Write) -> None:
+    assert "no stage for axolotl's 'ebft'; there is one for pretraining, sft, dpo" in error(
+        write("base_model: m\nrl: ebft\n")
+    )
+    assert "no stage for LLaMA-Factory's stage 'grpo'" in error(write("stage: grpo\ncutoff_len: 1\n"))
+    assert "pref_loss: kto_pair" in error(write("stage: dpo\npref_loss: kto_pair\ncutoff_len: 1\n"))
+    assert "no stage for TRL's 'gkd'; there is one for sft, dpo" in error("trl", "gkd", "--beta", "1")
+    told = error(write("model_name_or_path: m\ndataset_name: d\n"))
+    assert "does not say the method" in told
+    assert "--method sft|dpo" in told
+
+
+def test_words_that_are_no_command_line_and_values_that_do_not_fit(write: Write) -> None:
+    assert "give one file, or TRL's command line" in error("a.yaml", "b.yaml")
+    assert "a setting of TRL's is written --name value" in error("trl", "sft", "stray")
+    told = error(write("base_model: m\nlearning_rate: fast\n"))
+    assert 'theirs.yaml: learning_rate: axolotl takes no such value: "fast"' in told
+    told = error(write("base_model: m\nsequence_len: long\n"))
+    assert "data.max_length: expected a whole number, got" in told
+
+
+def test_a_stage_that_is_not_installed_is_written_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmtk import PluginError
+    from llmtk.host import discovery
+
+    def absent(name: str) -> Any:
+        raise PluginError(name)
+
+    monkeypatch.setattr(discovery, "get_stage", absent)
+    made = of("trl", "kto", model_name_or_path="m", desirable_weight=2.0)
+    assert made.config["kto"] == {"desirable_weight": 2.0}
+    assert any("pip install llmtk-stage-kto" in remark for remark in made.remarks)
