@@ -218,7 +218,7 @@ def _refuse_duplicates(node: yaml.MappingNode) -> None:
 
 
 def put(settings: dict[str, Any], parts: Sequence[str], value: Any, override: str) -> None:
-    """Put a value into nested settings. ConfigurationError, which begins with `override`, where a text is in the way."""
+    """Put a value into nested settings. ConfigurationError, which names `override`, where a text is in the way."""
     for depth, part in enumerate(parts[:-1], start=1):
         below = settings.setdefault(part, {})
         if not isinstance(below, dict):

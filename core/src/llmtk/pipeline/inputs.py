@@ -126,7 +126,9 @@ def _files(path: Path) -> list[Path]:
     if any((path / name).is_file() for name in ("config.json", "adapter_config.json", INFO)):
         beside = (file for file in path.iterdir() if file.suffix in _LOADED and file.name not in (INFO, RESULTS))
         return sorted(file for file in beside if file.is_file())
-    inside = (file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts))
+    inside = (
+        file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
     return sorted(file for file in inside if file.is_file())
 
 

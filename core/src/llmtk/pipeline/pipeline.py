@@ -6,12 +6,13 @@ of the files and of the models that these name.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 RUN, RESUME, AGAIN, SKIP = "run", "resume", "run again", "skip"
 """What is done with a step. `run again` puts the old run aside."""
+ASKED = "as is asked for"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Pipeline:
         `only` leaves out all steps but these, `rerun` runs steps again although nothing has changed. Raises one error
         that lists what is wrong with which step.
         """
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigurationError("a pipeline starts the processes of its steps itself: llmtk pipeline -n N FILE")
         chosen = self._chosen(only, rerun)
         self._record = Record.read(self.folder)
         decisions: list[Decision] = []
@@ -104,9 +108,13 @@ class Pipeline:
         TrainingError where a step fails; Interrupted where a signal has stopped one, to go on at the next call.
         """
         done = []
-        with held(self.folder, say) as lock, first_signal(self._ask_to_stop):
-            plan = self.plan(only, rerun)
-            show(plan)
+        with ExitStack() as stack:
+            stack.enter_context(first_signal(self._ask_to_stop))
+            if is_there := self.folder.exists():
+                stack.enter_context(held(self.folder, say))
+            show(plan := self.plan(only, rerun))
+            if not is_there:  # and bad input leaves none behind
+                stack.enter_context(held(self.folder, say))
             for number, step in enumerate((decision.step for decision in plan), start=1):
                 self._stop_if_asked(step)
                 run = self._made(step)
@@ -115,7 +123,7 @@ class Pipeline:
                 if decision.action == SKIP:
                     self._record.steps[step.name].output = self._output(step)
                 else:
-                    self._perform(decision, run, [*command(), "llmtk.pipeline.step", str(lock)], say)
+                    self._perform(decision, run, [*command(), "llmtk.pipeline.step", str(self.folder / LOCK)], say)
                 done.append(decision)
             self._record.write()
         return done
@@ -147,9 +155,13 @@ class Pipeline:
         names = [step.name for step in self.steps]
         for name in (*only, *rerun):
             if name not in names:
-                raise ConfigurationError(f"there is no step {name!r}; they are {', '.join(names)}.{suggest(name, names)}")
+                raise ConfigurationError(
+                    f"there is no step {name!r}; they are {', '.join(names)}.{suggest(name, names)}"
+                )
         if only and (outside := sorted(set(rerun) - set(only))):
-            raise ConfigurationError(f"{outside[0]} cannot be run again where it is left out; name it in both, or in none")
+            raise ConfigurationError(
+                f"{outside[0]} cannot be run again where it is left out; name it in both, or in none"
+            )
         chosen = [step for step in self.steps if not only or step.name in only]
         for step in chosen:
             for other in step.takes.values():
@@ -161,7 +173,7 @@ class Pipeline:
         """Check a step as far as it can be, and say what will be done with it. `undone` are the steps yet to be run."""
         run = self._made(step)
         waiting = {key: name for key, name in step.takes.items() if name in undone}
-        decision = self._undecided(step, waiting) if waiting else self._decided(step, run, rerun)
+        decision = self._undecided(step, run, waiting, rerun) if waiting else self._decided(step, run, rerun)
         if decision.action != SKIP:
             _check(run, waiting)
         return decision
@@ -171,22 +183,27 @@ class Pipeline:
 
         return Run.from_layers(step.stage, merge(step.settings, {"output_dir": str(step.folder)}))
 
-    def _undecided(self, step: Step, waiting: Mapping[str, str]) -> Decision:
+    def _undecided(self, step: Step, run: Run, waiting: Mapping[str, str], rerun: bool) -> Decision:
         """Say what will be done with a step that takes from others which are yet to be run."""
         others = " and ".join(dict.fromkeys(waiting.values()))
         if not self._is_begun(step):
             return Decision(step, RUN, f"with what comes of {others}")
+        if rerun:
+            return Decision(step, AGAIN, ASKED)
+        changes = self._changes(step, run)
+        if own := [key for key in changes if not key.startswith("step:")]:
+            return Decision(step, AGAIN, _in_words({key: changes[key] for key in own}))
         return Decision(step, AGAIN, f"if {others} should come out other than before")
 
     def _decided(self, step: Step, run: Run, rerun: bool) -> Decision:
+        from llmtk.training.checkpoints import list_checkpoints
+
         if not self._is_begun(step):
             return Decision(step, RUN, "it was not begun")
-        was, inputs = self._record.steps[step.name], inputs_of(run, self.folder, self._record.hashes)
-        changes = inputs.changes(was.inputs, run.config.given)
-        finished = (step.folder / RESULTS).is_file()
-        in_words = ", ".join(f"{key}: {change}" for key, change in changes.items())
+        was, changes = self._record.steps[step.name], self._changes(step, run)
+        finished, in_words = (step.folder / RESULTS).is_file(), _in_words(changes)
         if rerun:
-            return Decision(step, AGAIN, "as is asked for")
+            return Decision(step, AGAIN, ASKED)
         if finished and not changes and was.output not in (None, self._output(step)):
             return Decision(step, AGAIN, "its model is not the one that it wrote")
         if finished:
@@ -195,7 +212,13 @@ class Pipeline:
             return Decision(step, AGAIN, in_words)
         if not run.config.train.do_train:
             return Decision(step, AGAIN, "it was interrupted, and an evaluation is not gone on with")
-        return Decision(step, RESUME, f"it was interrupted{in_words and '; '}{in_words}", tuple(changes))
+        saved = list_checkpoints(step.folder / "checkpoints")
+        where = f"after step {saved[-1][0]}" if saved else "before its first checkpoint"
+        return Decision(step, RESUME, f"it was interrupted {where}{in_words and '; '}{in_words}", tuple(changes))
+
+    def _changes(self, step: Step, run: Run) -> dict[str, str]:
+        inputs = inputs_of(run, self.folder, self._record.hashes)
+        return inputs.changes(self._record.steps[step.name].inputs, run.config.given)
 
     def _is_begun(self, step: Step) -> bool:
         """Say whether there is anything of a step. ConfigurationError where it is not ours, or somebody is at it."""
@@ -290,6 +313,10 @@ class Pipeline:
         )
 
 
+def _in_words(changes: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}: {change}" for key, change in changes.items())
+
+
 def _check(run: Run, waiting: Collection[str]) -> None:
     """Refuse what can be refused without loading a model. `waiting` are settings that name what is not there yet."""
     from llmtk.training import setup
@@ -301,4 +328,3 @@ def _check(run: Run, waiting: Collection[str]) -> None:
             setup.read_rows(run)
     finally:
         run.hooks.run_finished(None)
-

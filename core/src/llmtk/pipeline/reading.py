@@ -45,17 +45,19 @@ def read_steps(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, l
     `overrides` are `key=value`, over what the file has: `steps.NAME.train.max_steps=10` for one step,
     `train.max_steps=10` for all. Raises one ConfigurationError that lists what is wrong with the file.
     """
-    layers = [read_file(file), parse_overrides(overrides)]
-    for layer, place in zip(layers, (str(file), "the command line"), strict=True):
+    layers = {str(file): read_file(file), "the command line": parse_overrides(overrides)}
+    for place, layer in layers.items():
         _check_keys(layer, place)
-    written, asked = (_by_name(layer, place) for layer, place in zip(layers, (str(file), "steps"), strict=True))
+    written, asked = (_by_name(layer, place) for place, layer in layers.items())
     if not written:
-        raise ConfigurationError(f"{file}: a pipeline needs steps: {{NAME: {{stage: ..., model: ..., data: ...}}, ...}}")
-    folder = Path(str(merge(*layers).get(OUTPUT) or f"runs/{Path(file).stem}"))
-    shared = [{key: value for key, value in layer.items() if key not in (STEPS, OUTPUT)} for layer in layers]
+        raise ConfigurationError(
+            f"{file}: a pipeline needs steps: {{NAME: {{stage: ..., model: ..., data: ...}}, ...}}"
+        )
+    folder = Path(str(merge(*layers.values()).get(OUTPUT) or f"runs/{Path(file).stem}"))
+    shared, asked_of_all = (_without(layer, STEPS, OUTPUT) for layer in layers.values())
     # The command line lies over the file, and in each of them a step's own settings over those of all.
     settings = {
-        name: merge(*map(without_shorthands, (shared[0], own, shared[1], asked.get(name, {}))))
+        name: merge(*map(without_shorthands, (shared, own, asked_of_all, asked.get(name, {}))))
         for name, own in written.items()
     }
     if problems := [*_misnamed(written, asked), *_misplaced(settings, folder)]:
@@ -76,11 +78,12 @@ def _check_keys(layer: Mapping[str, Any], place: str) -> None:
     from llmtk.config.run_config import RunConfig
 
     shared = [key for key in RunConfig.model_fields if key not in ("stage", "options", OUTPUT)]
+    known = (STEPS, OUTPUT, *shared)
     for key in layer:
-        if key not in (STEPS, OUTPUT, *shared):
+        if key not in known:
             raise ConfigurationError(
                 f"{place}: {key} is no key of a pipeline: it has {STEPS}, {OUTPUT}, and sections for all steps "
-                f"({', '.join(shared)}). What is for one step stands below it.{suggest(str(key), (STEPS, OUTPUT, *shared))}"
+                f"({', '.join(shared)}). What is for one step stands below it.{suggest(str(key), known)}"
             )
 
 
@@ -115,7 +118,8 @@ def _misplaced(steps: Mapping[str, Mapping[str, Any]], folder: Path) -> Iterator
     for index, (name, settings) in enumerate(steps.items()):
         if settings.get(OUTPUT) is not None:
             yield f"steps.{name}.{OUTPUT}: a step is written to {folder / str(name)}; leave it out"
-        if (settings.get("train") or {}).get("resume_from_checkpoint"):
+        train = settings.get("train")
+        if isinstance(train, Mapping) and train.get("resume_from_checkpoint"):
             yield f"steps.{name}.train.resume_from_checkpoint: a pipeline goes on by itself; leave it out"
         for key, text in texts(settings):
             if problem := _bad_reference(text, name, names[:index], names, folder):
@@ -139,9 +143,12 @@ def _bad_reference(text: str, name: str, before: list[str], names: list[str], fo
 
 def _step(name: str, settings: Mapping[str, Any], folder: Path) -> Step:
     takes = {key: found["name"] for key, text in texts(settings) if (found := _REFERENCE.fullmatch(text))}
-    own = dict(settings)
-    stage = own.pop("stage", name)
-    return Step(name, str(stage), folder / name, _filled(own, folder), takes)
+    own = _filled(_without(settings, "stage", OUTPUT), folder)
+    return Step(name, str(settings.get("stage") or name), folder / name, own, takes)
+
+
+def _without(settings: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in keys}
 
 
 def _filled(value: Any, folder: Path) -> Any:

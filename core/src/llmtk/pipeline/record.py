@@ -43,7 +43,9 @@ class Record:
         file = folder / RECORD
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
-            steps = {name: Made(**{**made, "inputs": Inputs(**made["inputs"])}) for name, made in stored["steps"].items()}
+            steps = {
+                name: Made(**{**made, "inputs": Inputs(**made["inputs"])}) for name, made in stored["steps"].items()
+            }
             return cls(file, steps, Hashes(stored["hashes"]))
         except FileNotFoundError:
             return cls(file)
@@ -58,8 +60,8 @@ class Record:
 
 
 @contextmanager
-def held(folder: Path, say: Callable[[str], None]) -> Iterator[Path]:
-    """Hold a pipeline's folder, and give the file that is locked. The lock ends with the process, however it ends.
+def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold a pipeline's folder, by a lock that ends with the process, however it ends.
 
     ConfigurationError where another pipeline holds it. Steps that a killed one left behind are waited for.
     """
@@ -73,7 +75,7 @@ def held(folder: Path, say: Callable[[str], None]) -> Iterator[Path]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        yield folder / LOCK
+        yield
 
 
 def _take(lock: IO[Any], folder: Path, say: Callable[[str], None]) -> None:
@@ -88,4 +90,6 @@ def _take(lock: IO[Any], folder: Path, say: Callable[[str], None]) -> None:
         return
     lock.seek(0)
     owner = lock.read().strip() or "unknown"
-    raise ConfigurationError(f"output_dir {folder}: the pipeline there is being run, by process {owner}; wait, or end it")
+    raise ConfigurationError(
+        f"output_dir {folder}: the pipeline there is being run, by process {owner}; wait, or end it"
+    )
