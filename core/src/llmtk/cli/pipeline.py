@@ -12,7 +12,8 @@ from llmtk.errors import TrainingError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llmtk.pipeline.pipeline import Decision, Pipeline
+    from llmtk.pipeline import Pipeline
+    from llmtk.pipeline.deciding import Decision
 
 _EXAMPLES = """\b
 Examples:

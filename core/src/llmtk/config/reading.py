@@ -129,13 +129,16 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_shorthands(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Spell out `model="name"` and `data="file"` or `data=[rows]`."""
+    """Spell out `model="name"` and `data="file"` or `data=[rows]`. ConfigurationError for what is no section."""
     layer = dict(layer)
     if isinstance(layer.get("model"), str | Path):
         layer["model"] = {"name_or_path": str(layer["model"])}
     if isinstance(layer.get("data"), str | Path | list):
         data = layer["data"]
         layer["data"] = {"train": data if isinstance(data, list) else str(data)}
+    for name in ("model", "data", "train", "plugins"):  # those that are looked into before all is checked
+        if not isinstance(given := layer.get(name), Mapping | None):
+            raise ConfigurationError(f"{name}: expected keys and values, got {given!r}")
     return layer
 
 

@@ -1,8 +1,4 @@
-"""A pipeline: what is to be done of it, and doing it.
-
-A step is decided upon by what it followed from when it was made, and follows from now: its settings, and the content
-of the files and of the models that these name.
-"""
+"""A pipeline: its steps checked, decided upon, and run one after the other, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -11,37 +7,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtk.config.reading import merge, put, to_yaml
 from llmtk.errors import ConfigurationError, LlmtkError, TrainingError, suggest
-from llmtk.folder import CONFIG, LOCK, RESULTS, flat, may_change, replace_file, settings_of
+from llmtk.folder import CONFIG, LOCK, RESULTS, flat, replace_file, settings_of
+from llmtk.pipeline.deciding import AGAIN, RESUME, RUN, SKIP, Decision, check, decide, output_of
 from llmtk.pipeline.inputs import inputs_of
 from llmtk.pipeline.reading import OLD, Step, read_steps
-from llmtk.pipeline.record import RECORD, Made, Record, held
+from llmtk.pipeline.record import Made, Record, held
 from llmtk.training.signals import first_signal
 
 if TYPE_CHECKING:
     from llmtk.run import Run
-
-RUN, RESUME, AGAIN, SKIP = "run", "resume", "run again", "skip"
-"""What is done with a step. `run again` puts the old run aside."""
-ASKED = "as is asked for"
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What is to be done with a step, and why."""
-
-    step: Step
-    action: str
-    why: str
-    changed: tuple[str, ...] = ()
-    """Settings in which a resumed step differs from what it was."""
 
 
 def alone() -> list[str]:
@@ -60,7 +41,7 @@ class Pipeline:
     def __init__(self, folder: Path, steps: Sequence[Step]) -> None:
         self.folder = folder
         self.steps = list(steps)
-        self._record = Record(folder / RECORD)
+        self._record = Record(folder)
         self._process: subprocess.Popen[bytes] | None = None
         self._signal: int | None = None
 
@@ -118,10 +99,10 @@ class Pipeline:
             for number, step in enumerate((decision.step for decision in plan), start=1):
                 self._stop_if_asked(step)
                 run = self._made(step)
-                decision = self._decided(step, run, step.name in rerun)
+                decision = decide(step, run, self._record, rerun=step.name in rerun)
                 say(f"[{number}/{len(plan)}] {step.name}: {decision.action} ({decision.why})")
                 if decision.action == SKIP:
-                    self._record.steps[step.name].output = self._output(step)
+                    self._record.steps[step.name].output = output_of(step, self._record)
                 else:
                     self._perform(decision, run, [*command(), "llmtk.pipeline.step", str(self.folder / LOCK)], say)
                 done.append(decision)
@@ -173,69 +154,15 @@ class Pipeline:
         """Check a step as far as it can be, and say what will be done with it. `undone` are the steps yet to be run."""
         run = self._made(step)
         waiting = {key: name for key, name in step.takes.items() if name in undone}
-        decision = self._undecided(step, run, waiting, rerun) if waiting else self._decided(step, run, rerun)
+        decision = decide(step, run, self._record, rerun=rerun, waiting=dict.fromkeys(waiting.values()))
         if decision.action != SKIP:
-            _check(run, waiting)
+            check(run, waiting)
         return decision
 
     def _made(self, step: Step) -> Run:
         from llmtk.run import Run
 
         return Run.from_layers(step.stage, merge(step.settings, {"output_dir": str(step.folder)}))
-
-    def _undecided(self, step: Step, run: Run, waiting: Mapping[str, str], rerun: bool) -> Decision:
-        """Say what will be done with a step that takes from others which are yet to be run."""
-        others = " and ".join(dict.fromkeys(waiting.values()))
-        if not self._is_begun(step):
-            return Decision(step, RUN, f"with what comes of {others}")
-        if rerun:
-            return Decision(step, AGAIN, ASKED)
-        changes = self._changes(step, run)
-        if own := [key for key in changes if not key.startswith("step:")]:
-            return Decision(step, AGAIN, _in_words({key: changes[key] for key in own}))
-        return Decision(step, AGAIN, f"if {others} should come out other than before")
-
-    def _decided(self, step: Step, run: Run, rerun: bool) -> Decision:
-        from llmtk.training.checkpoints import list_checkpoints
-
-        if not self._is_begun(step):
-            return Decision(step, RUN, "it was not begun")
-        was, changes = self._record.steps[step.name], self._changes(step, run)
-        finished, in_words = (step.folder / RESULTS).is_file(), _in_words(changes)
-        if rerun:
-            return Decision(step, AGAIN, ASKED)
-        if finished and not changes and was.output not in (None, self._output(step)):
-            return Decision(step, AGAIN, "its model is not the one that it wrote")
-        if finished:
-            return Decision(step, AGAIN, in_words) if changes else Decision(step, SKIP, "finished, nothing has changed")
-        if not all(may_change(run, key) for key in changes):
-            return Decision(step, AGAIN, in_words)
-        if not run.config.train.do_train:
-            return Decision(step, AGAIN, "it was interrupted, and an evaluation is not gone on with")
-        saved = list_checkpoints(step.folder / "checkpoints")
-        where = f"after step {saved[-1][0]}" if saved else "before its first checkpoint"
-        return Decision(step, RESUME, f"it was interrupted {where}{in_words and '; '}{in_words}", tuple(changes))
-
-    def _changes(self, step: Step, run: Run) -> dict[str, str]:
-        inputs = inputs_of(run, self.folder, self._record.hashes)
-        return inputs.changes(self._record.steps[step.name].inputs, run.config.given)
-
-    def _is_begun(self, step: Step) -> bool:
-        """Say whether there is anything of a step. ConfigurationError where it is not ours, or somebody is at it."""
-        from llmtk.reporting.stored import is_locked
-
-        if not step.folder.exists() or (step.folder.is_dir() and not any(step.folder.iterdir())):
-            return False
-        if step.name not in self._record.steps:
-            raise ConfigurationError(
-                f"{step.folder} was not made by this pipeline. Move it away, or give another output_dir"
-            )
-        if is_locked(step.folder / LOCK):
-            raise ConfigurationError(f"{step.folder} is in use by another process; wait for it, or end it")
-        return True
-
-    def _output(self, step: Step) -> dict[str, str]:
-        return {Path(file).name: found for file, found in self._record.hashes.of_all(step.folder).items()}
 
     # Doing
 
@@ -252,7 +179,7 @@ class Pipeline:
         made.seconds += time.monotonic() - began
         self._record.write()
         self._check_end(step, code)
-        made.output = self._output(step)
+        made.output = output_of(step, self._record)
         self._record.write()
 
     def _set_aside(self, step: Step) -> Path:
@@ -311,20 +238,3 @@ class Pipeline:
             f"step {step.name} ended with {how}. Mend what is wrong with it, and give the same command: what is "
             "finished is not run again"
         )
-
-
-def _in_words(changes: Mapping[str, str]) -> str:
-    return ", ".join(f"{key}: {change}" for key, change in changes.items())
-
-
-def _check(run: Run, waiting: Collection[str]) -> None:
-    """Refuse what can be refused without loading a model. `waiting` are settings that name what is not there yet."""
-    from llmtk.training import setup
-
-    try:
-        if not waiting:
-            setup.check(run)
-        if not any(key.startswith("data.") for key in waiting):
-            setup.read_rows(run)
-    finally:
-        run.hooks.run_finished(None)

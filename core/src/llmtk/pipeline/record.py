@@ -33,7 +33,8 @@ class Made:
 class Record:
     """The steps that were begun, by name, and the hashes of files."""
 
-    file: Path
+    folder: Path
+    """The pipeline's."""
     steps: dict[str, Made] = field(default_factory=dict)
     hashes: Hashes = field(default_factory=lambda: Hashes({}))
 
@@ -46,16 +47,16 @@ class Record:
             steps = {
                 name: Made(**{**made, "inputs": Inputs(**made["inputs"])}) for name, made in stored["steps"].items()
             }
-            return cls(file, steps, Hashes(stored["hashes"]))
+            return cls(folder, steps, Hashes(stored["hashes"]))
         except FileNotFoundError:
-            return cls(file)
+            return cls(folder)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigurationError(f"{file} is damaged: {error}. Give another output_dir, or remove the file and the "
                                      "steps beside it") from None  # fmt: skip
 
     def write(self) -> None:
         """Write the record, whole or not at all."""
-        write_json(self.file, {"steps": {name: asdict(made) for name, made in self.steps.items()},
+        write_json(self.folder / RECORD, {"steps": {name: asdict(made) for name, made in self.steps.items()},
                                "hashes": self.hashes.known})  # fmt: skip
 
 
