@@ -26,6 +26,8 @@ from llmtk.cli import call
 from llmtk.demo import addition
 from llmtk.pipeline import Pipeline
 from llmtk.pipeline.deciding import AGAIN, RESUME, RUN, SKIP
+from llmtk.pipeline.inputs import Hashes, inputs_of
+from llmtk.run import Run
 
 FILE = """
 train: {max_steps: 2, logging_steps: 1, per_device_train_batch_size: 4, bf16: false}
@@ -141,10 +143,6 @@ def remove_last() -> None:
     shutil.rmtree("runs/p/dpo")
 
 
-def interrupt_first() -> None:
-    interrupt("sft")
-
-
 def interrupt_last() -> None:
     interrupt("dpo")
 
@@ -173,6 +171,25 @@ def test_what_is_to_be_done_follows_from_what_has_changed(
     if change is not None:
         change()
     assert list(to_do(*overrides).values()) == actions
+
+
+@pytest.mark.usefixtures("here")
+def test_inputs_are_the_files_that_settings_name(tmp_path: Path) -> None:
+    Path("names.yaml").write_text("few: 4.jsonl")
+    Path("chat.jinja").write_text("{{ messages }}")
+    Path("linear").touch()  # as the default schedule is called
+    settings = {
+        "model": "builtin",
+        "data": {"train": ["few", {"path": "rows.jsonl"}], "catalog": "names.yaml", "template": "chat.jinja"},
+        "grpo": {"rewards": [{"file": "4.jsonl", "function": "x"}], "stop": ["nowhere"]},
+    }
+    files = inputs_of(Run.from_layers("grpo", settings), tmp_path, Hashes({})).files
+    assert set(files) == {"4.jsonl", "rows.jsonl", "names.yaml", "chat.jinja"}
+    streamed = {"model": "runs/p/sft", "data": {"train": "rows.jsonl", "streaming": True}, "train": {"max_steps": 1}}
+    files = dict(inputs_of(Run.from_layers("sft", streamed), Path("runs/p"), Hashes({})).files)
+    assert files.pop("rows.jsonl") == f"{os.path.getsize('rows.jsonl')} bytes"
+    assert {file.split("/")[0] for file in files} == {"step:sft"}
+    assert not {"step:sft/run.json", "step:sft/results.json", "step:sft/config.yaml"} & set(files)
 
 
 @pytest.mark.usefixtures("here")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtk.config.secrets import concealed
+from llmtk.errors import ConfigurationError
 from llmtk.folder import INFO, RESULTS, flat, settings_of
 from llmtk.pipeline.reading import texts
 
@@ -28,6 +29,8 @@ UNSEEN = (
     "train.save_total_limit",
 )
 """Settings that neither the model nor its records follow from. What they are is not compared."""
+_WITHOUT_FILES = {"stage", "model", "data", "peft", "train", "fsdp", "deepspeed", "output_dir"}
+"""Sections in which no text is a path, or that are looked into by key. Others are a stage's or a plugin's to read."""
 _LOADED = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt", ".py"})
 """Suffixes of what a model and its tokenizer are loaded from; a run's folder holds more."""
 
@@ -40,12 +43,15 @@ class Hashes:
         """File -> size, time of its last change in ns, SHA-256."""
 
     def of(self, file: Path) -> str:
-        """Return a file's SHA-256."""
-        stat = file.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns]
-        if (found := self.known.get(str(file))) is None or found[:2] != stamp:
-            with file.open("rb") as stream:
-                found = self.known[str(file)] = [*stamp, hashlib.file_digest(stream, "sha256").hexdigest()]
+        """Return a file's SHA-256. ConfigurationError where it cannot be read."""
+        try:
+            stat = file.stat()
+            stamp = [stat.st_size, stat.st_mtime_ns]
+            if (found := self.known.get(str(file))) is None or found[:2] != stamp:
+                with file.open("rb") as stream:
+                    found = self.known[str(file)] = [*stamp, hashlib.file_digest(stream, "sha256").hexdigest()]
+        except OSError as error:
+            raise ConfigurationError(f"{file} cannot be read: {error.strerror}") from error
         return str(found[2])
 
     def of_all(self, path: Path) -> dict[str, str]:
@@ -95,7 +101,7 @@ def _paths(run: Run) -> Iterator[Path]:
     config = run.config
     model, data = config.model, config.data
     tokenizer = [model.tokenizer] if isinstance(model.tokenizer, str) else []
-    own = [text for _, text in texts([config.options.model_dump(), config.plugins, config.generation.options])]
+    own = [text for _, text in texts(config.model_dump(exclude=_WITHOUT_FILES))]
     splits = ("eval", "test") if data.streaming else ("train", "eval", "test")
     named = [model.name_or_path, model.reference, *tokenizer, data.template, data.catalog, *own, *_sources(run, splits)]
     for name in named:
@@ -112,11 +118,10 @@ def _sources(run: Run, splits: Iterable[str]) -> list[str]:
 
 
 def _streamed(run: Run) -> dict[str, str]:
-    if not run.config.data.streaming:
-        return {}
-    from llmtk.data.stream import sizes
-
-    return {path: f"{size} bytes" for path, size in sizes(run.config.data).items()}
+    """Return the size of each file that is streamed: more than memory holds is not read once more to be hashed."""
+    files = _sources(run, ["train"]) if run.config.data.streaming else []
+    return {file: f"{os.path.getsize(path)} bytes" for file in files
+            if os.path.isfile(path := os.path.expanduser(file))}  # fmt: skip
 
 
 def _files(path: Path) -> list[Path]:
