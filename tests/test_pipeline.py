@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from llmtk.demo import addition
 from llmtk.pipeline import Pipeline
 from llmtk.pipeline.deciding import AGAIN, RESUME, RUN, SKIP
 from llmtk.pipeline.inputs import Hashes, inputs_of
+from llmtk.pipeline.reading import read_steps
 from llmtk.run import Run
 
 FILE = """
@@ -361,6 +363,22 @@ def test_no_secret_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     for file in ("pipeline.json", "sft.yaml"):
         assert "hunter2" not in Path("runs/p", file).read_text()
         assert "${MY_TOKEN}" in Path("runs/p", file).read_text()
+
+
+@pytest.mark.usefixtures("here")
+def test_blocks_of_the_page_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "pipelines.md").read_text()
+    ((file, text),) = re.findall(r"^```yaml\n# (\S+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    Path(file).write_text(text)
+    folder, steps = read_steps(file)
+    assert (str(folder), [step.stage for step in steps]) == ("runs/first", ["sft", "rm", "ppo"])
+    assert dict(steps[2].takes) == {"model.name_or_path": "sft", "ppo.rewards.0.model": "judge"}
+    (python,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    Path(file).write_text(f"{FILE}output_dir: runs/p\n")
+    monkeypatch.setattr(Pipeline, "_wait", run_here)
+    names: dict[str, Any] = {}
+    exec(python, names)
+    assert [one["status"] for one in names["pipeline"].outcomes()] == ["finished", "finished"]
 
 
 def test_a_pipeline_that_is_killed_stops_its_step_and_goes_on(
