@@ -201,6 +201,8 @@ def test_why_is_said() -> None:
         "dpo": "dpo.beta: 0.1 -> 0.2",
     }
     assert why("steps.sft.train.seed=1")["dpo"] == "if sft should come out other than before"
+    many = [f"steps.sft.train.{key}" for key in ("seed=1", "adam_beta1=0.8", "adam_beta2=0.9", "weight_decay=1")]
+    assert why(*many, "steps.sft.train.max_steps=3")["sft"].endswith("train.seed: 42 -> 1, and 1 more")
     change_rows()
     assert why()["sft"] == "rows.jsonl: its content"
     interrupt("dpo")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 RUN, RESUME, AGAIN, SKIP = "run", "resume", "run again", "skip"
 """What is done with a step. `run again` puts the old run aside."""
+SHOWN = 4
+"""Changes that are named before they are only counted."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,10 @@ def _interrupted(step: Step, run: Run, changes: Mapping[str, str]) -> Decision:
         return Decision(step, AGAIN, "it was interrupted, and an evaluation is not gone on with")
     saved = list_checkpoints(run.checkpoints)
     where = f"after step {saved[-1][0]}" if saved else "before its first checkpoint"
-    return Decision(step, RESUME, "; ".join([f"it was interrupted {where}", *_listed(changes)]), tuple(changes))
+    what = f"; {_in_words(changes)}" if changes else ""
+    return Decision(step, RESUME, f"it was interrupted {where}{what}", tuple(changes))
 
 
 def _in_words(changes: Mapping[str, str]) -> str:
-    return ", ".join(_listed(changes))
-
-
-def _listed(changes: Mapping[str, str]) -> list[str]:
-    return [f"{key}: {change}" for key, change in changes.items()]
+    told = [f"{key}: {change}" for key, change in list(changes.items())[:SHOWN]]
+    return ", ".join(told) + (f", and {len(changes) - SHOWN} more" if len(changes) > SHOWN else "")

@@ -89,6 +89,7 @@ class Pipeline:
         TrainingError where a step fails; Interrupted where a signal has stopped one, to go on at the next call.
         """
         done = []
+        self._signal = None
         with ExitStack() as stack:
             stack.enter_context(first_signal(self._ask_to_stop))
             if is_there := self.folder.exists():
