@@ -139,9 +139,9 @@ class RunFolder:
 
         if run.config.train.do_train:
             run.hooks.export_model(self.path)
-            _replace(self.path / "README.md", card(run, result))
+            replace_file(self.path / "README.md", card(run, result))
             plot_losses(run.records.read("metrics"), self.path.name, self.path / "loss.png")
-        _write_json(self.path / RESULTS, {**result.__dict__, "stopped_by": run.state.stopped_by})
+        write_json(self.path / RESULTS, {**result.__dict__, "stopped_by": run.state.stopped_by})
 
     def release(self) -> None:
         """Let others write to the folder."""
@@ -205,14 +205,13 @@ class RunFolder:
     def _check_same_run(self, run: Run) -> None:
         """Refuse to go on with other settings or other data. ConfigurationError lists what differs."""
         stored = flat(read_file(self.path / CONFIG))
-        given = flat(_settings(run))
-        may_change = (*MAY_CHANGE, *(f"{run.stage_name}.{name}" for name in run.stage.may_change))
+        given = flat(settings_of(run))
         keys = sorted(stored.keys() | given.keys())
         changed = [
             f"  {key}: {stored.get(key)!r} -> {given.get(key)!r}"
             for key, following in zip(keys, [*keys[1:], ""], strict=True)
             if stored.get(key) != given.get(key)
-            and not key.startswith(may_change)
+            and not may_change(run, key)
             and not following.startswith(f"{key}.")  # an empty section, and what stands in it now
         ]
         if (was := self.info().get("data")) and was != _data_hashes(run):
@@ -229,7 +228,7 @@ class RunFolder:
         from llmtk.host.manager import plugin_versions
         from llmtk.training.snapshot import environment
 
-        _replace(self.path / CONFIG, to_yaml(_settings(run)))
+        replace_file(self.path / CONFIG, to_yaml(settings_of(run)))
         facts = {
             "stage": run.stage_name,
             "demo": run.demo is not None,
@@ -239,7 +238,7 @@ class RunFolder:
             "data": _data_hashes(run),
             "facts": dict(run.plan.facts),
         }
-        _write_json(self.path / INFO, facts)
+        write_json(self.path / INFO, facts)
 
 
 def _new_name(stage: str) -> str:
@@ -257,7 +256,12 @@ def _folder_of_checkpoint(checkpoint: Path, output_dir: str | None) -> Path:
     return folder if output_dir is None else Path(output_dir)
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def may_change(run: Run, key: str) -> bool:
+    """Say whether a setting may have another value when the run is gone on with."""
+    return key.startswith((*MAY_CHANGE, *(f"{run.stage_name}.{name}" for name in run.stage.may_change)))
+
+
+def settings_of(run: Run) -> dict[str, Any]:
     """Return the resolved configuration as a mapping, rows given in Python replaced by their number.
 
     What the stage is told but once stands not in it.
@@ -304,11 +308,12 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _write_json(file: Path, value: Any) -> None:
-    _replace(file, json.dumps(value, indent=1, default=str) + "\n")
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON as `replace_file` writes text."""
+    replace_file(file, json.dumps(value, indent=1, default=str) + "\n")
 
 
-def _replace(file: Path, text: str) -> None:
+def replace_file(file: Path, text: str) -> None:
     """Write a file so that whoever dies meanwhile leaves the old one or the new one, and nothing between.
 
     Secrets of the environment stay out of it.

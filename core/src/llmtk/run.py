@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llmtk.batch import Batch, Mean
 from llmtk.config.problems import shown
-from llmtk.config.reading import merge
+from llmtk.config.reading import merge, without_shorthands
 from llmtk.config.run_config import RunConfig, resolve
 from llmtk.contract import REFERENCE, Data, Dataset, Row, Stage
 from llmtk.errors import ConfigurationError, DatasetError, LlmtkError
@@ -135,7 +135,7 @@ class Run:
         layer = {name: value for name, value in sections.items() if value is not None} | (
             {"plugins": named} if named else {}
         )
-        self.folder, layer = RunFolder.find(self.stage_name, _shorthands(layer), resume)
+        self.folder, layer = RunFolder.find(self.stage_name, without_shorthands(layer), resume)
         self.demo = None if _names_input(layer) else stage_class().demo()
         layers = [layer] if self.demo is None else [_demo_layer(self.demo), layer]
         self.config: RunConfig = resolve(self.stage_name, stage_class, *layers)
@@ -168,7 +168,7 @@ class Run:
     @classmethod
     def from_layers(cls, stage: str | None, *layers: Mapping[str, Any], resume: str | None = None) -> Run:
         """Make a run from configuration layers, the later over the earlier: what the CLI does."""
-        merged = merge(*layers)
+        merged = without_shorthands(merge(*layers))
         name = stage or merged.get("stage")
         if not isinstance(name, str):
             raise ConfigurationError("no stage: name one (llmtk run STAGE), or give `stage:` in the configuration file")
@@ -710,17 +710,6 @@ def _refuse_plain(plugins: object) -> None:
 
 def _plugin_name(plugin: object) -> str:
     return str(getattr(plugin, "name", type(plugin).__name__.lower()))
-
-
-def _shorthands(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Spell out `model="name"` and `data="file"` or `data=[rows]`."""
-    layer = dict(layer)
-    if isinstance(layer.get("model"), str | Path):
-        layer["model"] = {"name_or_path": str(layer["model"])}
-    if isinstance(layer.get("data"), str | Path | list):
-        data = layer["data"]
-        layer["data"] = {"train": data if isinstance(data, list) else str(data)}
-    return layer
 
 
 def _names_input(layer: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmtk.config.reading import merge, parse_overrides, read_file, to_yaml
+from llmtk.config.reading import merge, parse_overrides, read_file, to_yaml, without_shorthands
 from llmtk.errors import ConfigurationError, LlmtkError
 
 
@@ -217,3 +217,15 @@ def test_no_override_gives_anything_but_settings_or_a_clear_error(overrides: lis
     except LlmtkError:
         return
     assert isinstance(settings, dict)
+
+
+def test_short_sections_are_spelt_out_and_what_is_no_section_is_refused() -> None:
+    assert without_shorthands({"model": "base", "data": "a.jsonl", "train": None}) == {
+        "model": {"name_or_path": "base"},
+        "data": {"train": "a.jsonl"},
+        "train": None,
+    }
+    assert without_shorthands({"data": [{"text": "a"}]}) == {"data": {"train": [{"text": "a"}]}}
+    for section in ("model", "data", "train", "plugins"):
+        with pytest.raises(ConfigurationError, match=f"{section}: expected keys and values, got 3"):
+            without_shorthands({section: 3})

@@ -27,6 +27,7 @@ BUILT_IN = {
     "new-plugin": "Write a distribution with a plugin of your own.",
     "new-reward": "Write a distribution with a reward of your own.",
     "new-stage": "Write a distribution with a stage of your own.",
+    "pipeline": "Run several stages in a row, each on what the former made.",
     "predict": "Answer the rows of a file with a run's model, or any.",
     "report": "Write a page about a run: results, curves, samples.",
     "plan": "Show what a run would do, and train nothing.",

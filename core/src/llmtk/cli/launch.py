@@ -43,18 +43,19 @@ def command(
     processes = processes or _gpus() * machines
     _check_machines(processes, machines, machine_rank, main_address)
     run.made(**run.command.make_context("llmtk run", list(words)).params)  # a mistake is told here, once
-    _check_gpus(processes // machines)
-    port = main_port or (PORT if machines > 1 else _free_port())
+    check_gpus(processes // machines)
+    port = main_port or (PORT if machines > 1 else free_port())
     if machine_rank == 0:
         _check_port(port)
-    started = [*_launcher(processes, machines, machine_rank, main_address or LOCAL, port), "llmtk", "run", *words]
+    started = [*launcher(processes, machines, machine_rank, main_address or LOCAL, port), "llmtk", "run", *words]
     click.echo(shlex.join(started))
     sys.stdout.flush()
     if not dry_run:
         os.execv(sys.executable, started)
 
 
-def _launcher(processes: int, machines: int, machine_rank: int, address: str, port: int) -> list[str]:
+def launcher(processes: int, machines: int, machine_rank: int, address: str, port: int) -> list[str]:
+    """Return the words of a command that starts a module in several processes; its name and arguments follow."""
     several = ["--multi_gpu"] if processes > 1 else []  # without GPUs too: Accelerate starts one process otherwise
     where = {
         "--num_processes": processes,
@@ -91,7 +92,8 @@ def _gpus() -> int:
     raise ConfigurationError("-n is missing: this machine has no GPU to count. Say how many processes: -n 2")
 
 
-def _check_gpus(wanted: int) -> None:
+def check_gpus(wanted: int) -> None:
+    """Refuse more processes than this machine has GPUs, if it has any. ConfigurationError."""
     import torch
 
     if 0 < (count := torch.cuda.device_count()) < wanted:
@@ -101,7 +103,8 @@ def _check_gpus(wanted: int) -> None:
         )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens at."""
     with socket.socket() as listener:
         listener.bind((LOCAL, 0))
         return int(listener.getsockname()[1])

@@ -111,7 +111,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not all(parts):
             raise ConfigurationError(f"{override}: the key is incomplete; one looks like train.learning_rate.")
         value = _load(text, override)
-        _put(settings, parts, value, override)
+        put(settings, parts, value, override)
     return _fill(settings, "the command line")
 
 
@@ -126,6 +126,20 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 merged[key] = os.fspath(value) if isinstance(value, os.PathLike) else value
     return merged
+
+
+def without_shorthands(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Spell out `model="name"` and `data="file"` or `data=[rows]`. ConfigurationError for what is no section."""
+    layer = dict(layer)
+    if isinstance(layer.get("model"), str | Path):
+        layer["model"] = {"name_or_path": str(layer["model"])}
+    if isinstance(layer.get("data"), str | Path | list):
+        data = layer["data"]
+        layer["data"] = {"train": data if isinstance(data, list) else str(data)}
+    for name in ("model", "data", "train", "plugins"):  # those that are looked into before all is checked
+        if not isinstance(given := layer.get(name), Mapping | None):
+            raise ConfigurationError(f"{name}: expected keys and values, got {given!r}")
+    return layer
 
 
 def to_yaml(settings: Mapping[str, Any]) -> str:
@@ -206,7 +220,8 @@ def _refuse_duplicates(node: yaml.MappingNode) -> None:
         lines[key.value] = key.start_mark.line + 1
 
 
-def _put(settings: dict[str, Any], parts: Sequence[str], value: Any, override: str) -> None:
+def put(settings: dict[str, Any], parts: Sequence[str], value: Any, override: str) -> None:
+    """Put a value into nested settings. ConfigurationError, which names `override`, where a text is in the way."""
     for depth, part in enumerate(parts[:-1], start=1):
         below = settings.setdefault(part, {})
         if not isinstance(below, dict):

@@ -51,7 +51,7 @@ class StoredRun:
             info=RunFolder(folder).info(),
             results=results,
             metrics=read_lines(folder / "metrics.jsonl"),
-            status=RUNNING if _is_locked(folder / LOCK) else FINISHED if results else UNFINISHED,
+            status=RUNNING if is_locked(folder / LOCK) else FINISHED if results else UNFINISHED,
         )
 
     @property
@@ -131,7 +131,7 @@ def _json_of(file: Path) -> dict[str, Any]:
     return found
 
 
-def _is_locked(file: Path) -> bool:
+def is_locked(file: Path) -> bool:
     """Say whether a process holds the run's folder. The lock that this takes to find out is a shared, short one."""
     try:
         with file.open() as stream:

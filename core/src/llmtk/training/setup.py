@@ -30,13 +30,11 @@ if TYPE_CHECKING:
     from llmtk.run import Run
 
 
-def load(run: Run) -> None:
-    """Load everything, cheapest first, so that what can be refused is refused before it costs anything."""
-    from llmtk.data import read_splits
+def check(run: Run) -> None:
+    """Refuse what can be refused without data and model, cheapest first."""
     from llmtk.models.checks import check_model
     from llmtk.models.options import check_options
 
-    check_parallelism(run.config)
     run.stage.check(run)
     model, merges = run.config.model, run.config.train.merge_and_save
     check_model(model)
@@ -47,11 +45,24 @@ def load(run: Run) -> None:
         check_streaming(run)
     if run.config.samples.count and run.stage.head == "value":
         raise ConfigurationError(f"samples.count: a model of stage {run.stage_name} writes no text; set it to 0")
-    _start(run)
-    if model.trust_remote_code:
-        run.notify("WARNING: model.trust_remote_code is on: Python code that comes with the model runs as you")
+
+
+def read_rows(run: Run) -> None:
+    """Read the rows, and refuse bad ones, and options that need evaluation rows where there are none."""
+    from llmtk.data import read_splits
+
     run.splits = read_splits(run.config.data, run.stage.row_types, seed=run.data_seed)
     _check_evaluation(run)
+
+
+def load(run: Run) -> None:
+    """Load everything, cheapest first, so that what can be refused is refused before it costs anything."""
+    check_parallelism(run.config)
+    check(run)
+    _start(run)
+    if run.config.model.trust_remote_code:
+        run.notify("WARNING: model.trust_remote_code is on: Python code that comes with the model runs as you")
+    read_rows(run)
     data = _encode_data(run)
     run.train_rows, run.eval_rows, run.test_rows = data.train, data.eval, data.test
     run.train_lengths = row_lengths(data.train)
