@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "train.logging_steps",
     "train.log_level",
     "train.do_eval",
+    "train.do_predict",
     "train.eval_",
     "train.save_",
     "train.load_best_model_at_end",

@@ -18,6 +18,7 @@ from llmtk.training.fetching import Fetcher
 from llmtk.training.neftune import EmbeddingNoise
 from llmtk.training.order import row_lengths, row_order
 from llmtk.training.planning import make_plan
+from llmtk.training.predicting import check_predictions, check_room, read_questions
 from llmtk.training.randomness import Randomness
 from llmtk.training.router import RouterLoss
 from llmtk.training.sharding import check_parallelism
@@ -38,6 +39,7 @@ def load(run: Run) -> None:
 
     check_parallelism(run.config)
     run.stage.check(run)
+    check_predictions(run)
     model, merges = run.config.model, run.config.train.merge_and_save
     check_model(model)
     check_options(model, run.config.peft, merges=merges, dropout=_keeps_dropout(run))
@@ -53,10 +55,12 @@ def load(run: Run) -> None:
     run.splits = read_splits(run.config.data, run.stage.row_types, seed=run.data_seed)
     _check_evaluation(run)
     data = _encode_data(run)
+    run.questions = read_questions(run) if run.config.train.do_predict else []
     run.train_rows, run.eval_rows, run.test_rows = data.train, data.eval, data.test
     run.train_lengths = row_lengths(data.train)
     run.fetcher = Fetcher(data.train, run.config.train.dataloader_num_workers)
     _load_models(run)
+    check_room(run)
     optimizer = run.hooks.build_optimizer()
     run.backend.prepare(run.model, run.frozen, optimizer)
     run.optimizer = optimizer
