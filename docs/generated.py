@@ -75,6 +75,7 @@ def stage_page(name: str, stage: type[Stage]) -> str:
             "\n## Options\n",
             *table(keys),
             "",
+            *([f"## Citation\n\n```bibtex\n{inspect.cleandoc(stage.citation)}\n```\n"] if stage.citation else []),
         ]
     )
 
