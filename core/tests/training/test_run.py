@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from llmtk import ConfigurationError, LlmtkError, LossOutput, Run, Section, Term, get_stage, hookimpl, load
 from llmtk.demo import addition
 from llmtk.demo.measure import exact_match
+from llmtk.folder import RunFolder
 from llmtk.models.checks import resolve
 from llmtk.reporting.card import card
 
@@ -326,6 +329,12 @@ def test_the_card_names_what_is_on_the_hub(tmp_path):
     assert read.data.datasets == ["org/rows"]
     assert "| base model | org/a\\|b |" in read.text
     assert "| train | 12 rows of org/rows, more.jsonl |" in read.text
+
+
+def test_a_rank_whose_machine_lacks_the_folder_says_so(tmp_path):
+    backend = SimpleNamespace(is_main=False, rank=3, together=lambda what, error: nullcontext())
+    with pytest.raises(ConfigurationError, match="elsewhere is not on the machine of rank 3"):
+        RunFolder(tmp_path / "elsewhere").begin(SimpleNamespace(backend=backend))
 
 
 def test_errors_before_training_leave_nothing(tmp_path):
