@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 PROJECTS := $(patsubst %/pyproject.toml,%,$(wildcard core/pyproject.toml plugins/*/pyproject.toml stages_*/*/pyproject.toml))
 USED := core stages_sft/pt stages_sft/sft
 SOURCES := core/src $(wildcard plugins/*/llmtk_* stages_*/*/llmtk_*)
-TOOLS := build hatchling hypothesis math-verify mypy pytest pytest-xdist ruff tensorboard types-PyYAML
+TOOLS := build fastapi hatchling hypothesis math-verify mypy openai pytest pytest-xdist ruff tensorboard types-PyYAML uvicorn
 
 help:
 	@echo "make demo       install into $(VENV), and fine-tune the built-in model on built-in data"

@@ -118,6 +118,7 @@ def stage_page(name: str, stage: type[Stage]) -> str:
             f"What is under `{name}` in the configuration.{honours}\n",
             *table(keys),
             "",
+            *([f"## Citation\n\n```bibtex\n{inspect.cleandoc(stage.citation)}\n```\n"] if stage.citation else []),
         ]
     )
 

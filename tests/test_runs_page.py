@@ -40,7 +40,7 @@ def test_a_command_of_the_page_runs(
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr("os.execv", lambda *_: None)
-    monkeypatch.setattr("llmtk.cli.launch._check_port", lambda _: None)  # others may be at the usual one
+    monkeypatch.setattr("llmtk.cli.launch.check_port", lambda *_: None)  # others may be at the usual one
     words = [word if word != "FOLDER" else str(tmp_path / "model") for word in shlex.split(command)]
     lacks = "--quantize" in words and find_spec("bitsandbytes") is None
     assert call(words) == (2 if lacks else 0)

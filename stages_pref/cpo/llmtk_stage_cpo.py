@@ -45,6 +45,18 @@ class ContrastivePreferenceOptimization(PairStage):
     name = "cpo"
     summary = "Contrastive preference optimisation: pairs without a reference, and the chosen answers' likelihood"
     paper = "arXiv 2401.08417"
+    citation = """
+        @misc{xu2024contrastive,
+            title = {{Contrastive Preference Optimization: Pushing the Boundaries of LLM Performance in Machine
+                     Translation}},
+            author = {Haoran Xu and Amr Sharaf and Yunmo Chen and Weiting Tan and Lingfeng Shen and Benjamin Van
+                      Durme and Kenton Murray and Young Jin Kim},
+            year = {2024},
+            eprint = {2401.08417},
+            archivePrefix = {arXiv},
+            primaryClass = {cs.CL},
+        }
+    """
     defaults = {"train": {"learning_rate": 5e-6}}
 
     class Options(PairOptions):

@@ -56,6 +56,17 @@ class DirectPreferenceOptimization(PairStage):
 
     summary = "Direct preference optimisation: answers of pairs against each other, relative to a reference"
     paper = "arXiv 2305.18290"
+    citation = """
+        @misc{rafailov2023direct,
+            title = {{Direct Preference Optimization: Your Language Model is Secretly a Reward Model}},
+            author = {Rafael Rafailov and Archit Sharma and Eric Mitchell and Stefano Ermon and Christopher D.
+                      Manning and Chelsea Finn},
+            year = {2023},
+            eprint = {2305.18290},
+            archivePrefix = {arXiv},
+            primaryClass = {cs.LG},
+        }
+    """
     needs = frozenset({"reference"})
     honours = frozenset({"precompute_reference"})
     defaults = {"train": {"learning_rate": 5e-6}}

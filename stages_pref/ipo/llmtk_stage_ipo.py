@@ -30,6 +30,17 @@ class IdentityPreferenceOptimization(PairStage):
     name = "ipo"
     summary = "Identity preference optimisation: the log-ratio of pairs towards a fixed gap over a reference"
     paper = "arXiv 2310.12036"
+    citation = """
+        @misc{azar2023general,
+            title = {{A General Theoretical Paradigm to Understand Learning from Human Preferences}},
+            author = {Mohammad Gheshlaghi Azar and Mark Rowland and Bilal Piot and Daniel Guo and Daniele
+                      Calandriello and Michal Valko and Rémi Munos},
+            year = {2023},
+            eprint = {2310.12036},
+            archivePrefix = {arXiv},
+            primaryClass = {cs.AI},
+        }
+    """
     needs = frozenset({"reference"})
     honours = frozenset({"precompute_reference"})
     defaults = {"train": {"learning_rate": 5e-6}}

@@ -50,6 +50,16 @@ class KahnemanTverskyOptimization(Stage):
 
     summary = "Kahneman-Tversky optimisation: answers labelled desirable or not, relative to a reference"
     paper = "arXiv 2402.01306"
+    citation = """
+        @misc{ethayarajh2024kto,
+            title = {{KTO: Model Alignment as Prospect Theoretic Optimization}},
+            author = {Kawin Ethayarajh and Winnie Xu and Niklas Muennighoff and Dan Jurafsky and Douwe Kiela},
+            year = {2024},
+            eprint = {2402.01306},
+            archivePrefix = {arXiv},
+            primaryClass = {cs.LG},
+        }
+    """
     row_types = ("labelled",)
     needs = frozenset({"reference"})
     honours = frozenset({"precompute_reference"})

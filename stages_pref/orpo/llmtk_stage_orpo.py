@@ -33,6 +33,16 @@ class OddsRatioPreferenceOptimization(PairStage):
     name = "orpo"
     summary = "Odds ratio preference optimisation: fine-tuning on the chosen answers, and the odds of pairs"
     paper = "arXiv 2403.07691"
+    citation = """
+        @misc{hong2024orpo,
+            title = {{ORPO: Monolithic Preference Optimization without Reference Model}},
+            author = {Jiwoo Hong and Noah Lee and James Thorne},
+            year = {2024},
+            eprint = {2403.07691},
+            archivePrefix = {arXiv},
+            primaryClass = {cs.CL},
+        }
+    """
     defaults = {"train": {"learning_rate": 8e-6}}
 
     class Options(PairOptions):

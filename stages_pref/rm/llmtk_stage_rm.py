@@ -33,6 +33,19 @@ class RewardModeling(PairStage):
     name = "rm"
     summary = "Reward model: a head of one value, which ranks the answers of pairs"
     paper = "arXiv 2203.02155, section 3.5"
+    citation = """
+        @misc{ouyang2022training,
+            title = {{Training language models to follow instructions with human feedback}},
+            author = {Long Ouyang and Jeff Wu and Xu Jiang and Diogo Almeida and Carroll L. Wainwright and
+                      Pamela Mishkin and Chong Zhang and Sandhini Agarwal and Katarina Slama and Alex Ray
+                      and John Schulman and Jacob Hilton and Fraser Kelton and Luke Miller and Maddie Simens
+                      and Amanda Askell and Peter Welinder and Paul Christiano and Jan Leike and Ryan Lowe},
+            year = {2022},
+            eprint = {2203.02155},
+            archivePrefix = {arXiv},
+            primaryClass = {cs.CL},
+        }
+    """
     head = "value"
     defaults = {"train": {"learning_rate": 1e-5}}
 

@@ -44,6 +44,16 @@ class SimplePreferenceOptimization(PairStage):
     name = "simpo"
     summary = "Simple preference optimisation: length-averaged log-probs of pairs, a target margin, no reference"
     paper = "arXiv 2405.14734"
+    citation = """
+        @misc{meng2024simpo,
+            title = {{SimPO: Simple Preference Optimization with a Reference-Free Reward}},
+            author = {Yu Meng and Mengzhou Xia and Danqi Chen},
+            year = {2024},
+            eprint = {2405.14734},
+            archivePrefix = {arXiv},
+            primaryClass = {cs.CL},
+        }
+    """
     defaults = {"train": {"learning_rate": 1e-6}}
 
     class Options(PairOptions):

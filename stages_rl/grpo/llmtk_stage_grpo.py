@@ -50,6 +50,17 @@ class GroupRelativePolicyOptimization(ReinforcementStage):
 
     summary = "Group-relative policy optimisation: answers of the policy, rewarded and judged within their group"
     paper = "arXiv 2402.03300"
+    citation = """
+        @misc{shao2024deepseekmath,
+            title = {{DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models}},
+            author = {Zhihong Shao and Peiyi Wang and Qihao Zhu and Runxin Xu and Junxiao Song and Xiao Bi and
+                      Haowei Zhang and Mingchuan Zhang and Y. K. Li and Y. Wu and Daya Guo},
+            year = {2024},
+            eprint = {2402.03300},
+            archivePrefix = {arXiv},
+            primaryClass = {cs.CL},
+        }
+    """
     section = "grpo"
 
     class Options(BetaOptions):

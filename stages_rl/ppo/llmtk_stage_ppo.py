@@ -48,6 +48,26 @@ class ProximalPolicyOptimization(ReinforcementStage):
     name = section = "ppo"
     summary = "Proximal policy optimisation: a critic judges each token of the policy's rewarded answers"
     paper = "arXiv 1707.06347, 1909.08593"
+    citation = """
+        @misc{schulman2017proximal,
+            title = {{Proximal Policy Optimization Algorithms}},
+            author = {John Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov},
+            year = {2017},
+            eprint = {1707.06347},
+            archivePrefix = {arXiv},
+            primaryClass = {cs.LG},
+        }
+
+        @misc{ziegler2019finetuning,
+            title = {{Fine-Tuning Language Models from Human Preferences}},
+            author = {Daniel M. Ziegler and Nisan Stiennon and Jeffrey Wu and Tom B. Brown and Alec Radford and
+                      Dario Amodei and Paul Christiano and Geoffrey Irving},
+            year = {2019},
+            eprint = {1909.08593},
+            archivePrefix = {arXiv},
+            primaryClass = {cs.CL},
+        }
+    """
     old_scores = ("values",)
 
     class Options(ReinforcementOptions):

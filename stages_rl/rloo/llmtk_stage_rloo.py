@@ -35,6 +35,18 @@ class ReinforceLeaveOneOut(ReinforcementStage):
 
     summary = "REINFORCE leave-one-out: answers of the policy, each judged by the mean reward of the others"
     paper = "arXiv 2402.14740"
+    citation = """
+        @misc{ahmadian2024back,
+            title = {{Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in
+                     LLMs}},
+            author = {Arash Ahmadian and Chris Cremer and Matthias Gallé and Marzieh Fadaee and Julia Kreutzer
+                      and Olivier Pietquin and Ahmet Üstün and Sara Hooker},
+            year = {2024},
+            eprint = {2402.14740},
+            archivePrefix = {arXiv},
+            primaryClass = {cs.LG},
+        }
+    """
     section = "rloo"
 
     class Options(BetaOptions):

@@ -52,6 +52,22 @@ class Pretraining(Stage):
 
     summary = "Pretraining, from scratch or continued: next-token prediction over packed blocks of text"
     paper = "arXiv 2005.14165, section 2"
+    citation = """
+        @misc{brown2020language,
+            title = {{Language Models are Few-Shot Learners}},
+            author = {Tom B. Brown and Benjamin Mann and Nick Ryder and Melanie Subbiah and Jared Kaplan and
+                      Prafulla Dhariwal and Arvind Neelakantan and Pranav Shyam and Girish Sastry and Amanda
+                      Askell and Sandhini Agarwal and Ariel Herbert-Voss and Gretchen Krueger and Tom
+                      Henighan and Rewon Child and Aditya Ramesh and Daniel M. Ziegler and Jeffrey Wu and
+                      Clemens Winter and Christopher Hesse and Mark Chen and Eric Sigler and Mateusz Litwin
+                      and Scott Gray and Benjamin Chess and Jack Clark and Christopher Berner and Sam
+                      McCandlish and Alec Radford and Ilya Sutskever and Dario Amodei},
+            year = {2020},
+            eprint = {2005.14165},
+            archivePrefix = {arXiv},
+            primaryClass = {cs.CL},
+        }
+    """
     row_types = ("text",)
     honours = frozenset({"label_smoothing_factor", "neftune_noise_alpha"})
     dropout = True

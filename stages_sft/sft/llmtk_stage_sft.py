@@ -38,6 +38,29 @@ class SupervisedFineTuning(Stage):
 
     summary = "Supervised fine-tuning: next-token prediction on what the assistant says"
     paper = "arXiv 2203.02155, section 3.5; dft: arXiv 2508.05629"
+    citation = """
+        @misc{ouyang2022training,
+            title = {{Training language models to follow instructions with human feedback}},
+            author = {Long Ouyang and Jeff Wu and Xu Jiang and Diogo Almeida and Carroll L. Wainwright and
+                      Pamela Mishkin and Chong Zhang and Sandhini Agarwal and Katarina Slama and Alex Ray
+                      and John Schulman and Jacob Hilton and Fraser Kelton and Luke Miller and Maddie Simens
+                      and Amanda Askell and Peter Welinder and Paul Christiano and Jan Leike and Ryan Lowe},
+            year = {2022},
+            eprint = {2203.02155},
+            archivePrefix = {arXiv},
+            primaryClass = {cs.CL},
+        }
+
+        @misc{wu2025generalization,
+            title = {{On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification}},
+            author = {Yongliang Wu and Yizhou Zhou and Zhou Ziheng and Yingzhe Peng and Xinyu Ye and Xinting Hu
+                      and Wenbo Zhu and Lu Qi and Ming-Hsuan Yang and Xu Yang},
+            year = {2025},
+            eprint = {2508.05629},
+            archivePrefix = {arXiv},
+            primaryClass = {cs.LG},
+        }
+    """
     row_types = ("dialogue", "prompt_completion")
     honours = frozenset({"label_smoothing_factor", "neftune_noise_alpha"})
     dropout = True

@@ -207,6 +207,8 @@ class Stage:
     """One line: what the method does."""
     paper: ClassVar[str] = ""
     """Where it comes from: arXiv number or title."""
+    citation: ClassVar[str] = ""
+    """The same as BibTeX, for the cards of models; it may be indented as code is."""
     row_types: ClassVar[tuple[str, ...]] = ("dialogue",)
     """Row types that it takes. Rows of other types are converted to the first that can be reached."""
     needs: ClassVar[frozenset[Need]] = frozenset()

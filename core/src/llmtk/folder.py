@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "train.logging_steps",
     "train.log_level",
     "train.do_eval",
+    "train.do_predict",
     "train.eval_",
     "train.save_",
     "train.load_best_model_at_end",
@@ -113,6 +114,12 @@ class RunFolder:
                 if self._resume is not None and (self.path / INFO).exists():
                     self._check_same_run(run)
                 self._write_facts(run)
+        with run.backend.together("looking into output_dir", ConfigurationError):
+            if not (self.path / CONFIG).is_file():  # every rank writes to the run's checkpoints
+                raise ConfigurationError(
+                    f"output_dir {self.path} is not on the machine of rank {run.backend.rank}. Give a folder on a file "
+                    "system that all machines share, by its whole path"
+                )
 
     def checkpoint_to_resume(self, backend: Backend, say: Callable[[str], None]) -> Path | None:
         """Return the checkpoint to go on from, or None for a fresh start. CheckpointError for a damaged one."""

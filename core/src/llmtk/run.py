@@ -45,6 +45,7 @@ from llmtk.training.micro_batches import cut_window
 from llmtk.training.neftune import EmbeddingNoise
 from llmtk.training.order import share
 from llmtk.training.precompute import Precomputed, precompute
+from llmtk.training.predicting import write_predictions
 from llmtk.training.randomness import Randomness
 from llmtk.training.router import RouterLoss
 from llmtk.training.signals import first_signal
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 
     from llmtk.contract import Demo
     from llmtk.data import Splits
-    from llmtk.data.rows import Message
+    from llmtk.data.rows import Message, Prompt
     from llmtk.training.order import Lengths, RowOrder
     from llmtk.training.stream import StreamedRows
 
@@ -99,6 +100,8 @@ class Run:
     train_rows: Dataset
     eval_rows: Dataset | None
     test_rows: Dataset | None
+    questions: list[Prompt]
+    """What the finished model is to answer."""
     train_lengths: Lengths | None
     """The tokens of each training row, if they are known."""
     fetcher: Fetcher
@@ -154,6 +157,7 @@ class Run:
         self.records = Records(self.folder)
         self.state = TrainState()
         self.saved_step = -1
+        self.resumed_at = 0
         self.exported: Path | None = None
         self.opened: nn.Module | None = None
         self._signal: int | None = None
@@ -554,7 +558,7 @@ class Run:
         before = self._measure() if self.demo and checkpoint is None else None
         if checkpoint is not None:
             snapshot.restore(self, checkpoint)
-            self.saved_step = self.state.step
+            self.saved_step = self.resumed_at = self.state.step
         elif self.backend.is_main:
             self.records.clear()
             checkpoints.remove_later(self.checkpoints, 0)  # damaged ones, or it would not start afresh
@@ -589,6 +593,8 @@ class Run:
                 self.backend.load_weights(path / "weights.safetensors")
             self.notify(f"The exported model is the best one, of step {best.step}")
         metrics = {**self.state.last_evaluation, **self._test()}
+        if self.config.train.do_predict:
+            metrics |= write_predictions(self)
         if self.demo:
             metrics |= {f"{name}_before": value for name, value in (before or {}).items()}
             metrics |= {f"{name}_after": value for name, value in self._measure().items()}
@@ -674,12 +680,11 @@ class Run:
 
         return self.stage.encode_rows(self, read_rows(data, self.stage.row_types, self.config.data))
 
-    def ask_to_stop(self, number: int) -> None:
-        """Stop after the step that is under way, with a checkpoint."""
+    def ask_to_stop(self, number: int, first: str = "finishing the step, then a checkpoint") -> None:
+        """Stop after what is under way, which `first` tells: by default a step, with a checkpoint."""
         self._signal = number
         self.console.say(
-            f"{signal.Signals(number).name}: finishing the step, then a checkpoint. Once more to stop at once "
-            f"(the last checkpoint stands)"
+            f"{signal.Signals(number).name}: {first}. Once more to stop at once (the last checkpoint stands)"
         )
 
 

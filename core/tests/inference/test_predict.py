@@ -14,11 +14,11 @@ import pytest
 
 from llmtk import ConfigurationError, DatasetError, LlmtkError, Sampling
 from llmtk.cli.predict import command
-from llmtk.data.rows import Prompt
+from llmtk.data.rows import Dialogue, Labelled, Pair, Prompt, Text
 from llmtk.demo import addition
 from llmtk.inference import LanguageModel
 from llmtk.inference.predictions import beginning_of, open_output, predict
-from llmtk.inference.prompts import read_prompts
+from llmtk.inference.prompts import prompts_of, read_prompts
 
 ASK, SAY = {"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}
 Llmtk = Callable[..., tuple[int, str, str]]
@@ -80,6 +80,27 @@ def test_bad_rows_are_named_before_a_model_is_loaded(tmp_path: Path, llmtk: Llmt
         read_prompts(file)
     assert "no-model" not in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stages_rows_are_asked_with_what_they_should_be_answered_with() -> None:
+    tools = [{"name": "add"}]
+    rows = [
+        Prompt("1+1=", {"id": 7}),
+        Dialogue([ASK, SAY], tools),
+        Pair([ASK], [SAY], [ASK]),
+        Labelled("1+1=", "2", label=True),
+        Labelled("1+1=", "3", label=False),
+    ]
+    assert [(row.prompt, row.columns) for row in prompts_of(rows)] == [
+        ("1+1=", {"id": 7}),
+        ([ASK], {"answer": "2"}),
+        ([ASK], {"reference": [SAY]}),
+        ("1+1=", {"reference": "2"}),
+        ("1+1=", {}),
+    ]
+    assert prompts_of(rows)[1].tools == tools
+    with pytest.raises(DatasetError, match=r"rows\.txt: a row of type text cannot become one of prompt"):
+        prompts_of([Text("a", place="rows.txt")])
 
 
 def test_a_line_a_row_in_their_order(tmp_path: Path, data: str, loaded: LanguageModel, llmtk: Llmtk) -> None:

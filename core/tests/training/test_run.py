@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from llmtk import ConfigurationError, LlmtkError, LossOutput, Run, Term, get_stage, hookimpl, load
+from llmtk import ConfigurationError, LlmtkError, LossOutput, Run, Section, Term, get_stage, hookimpl, load
 from llmtk.demo import addition
 from llmtk.demo.measure import exact_match
+from llmtk.folder import RunFolder
 from llmtk.models.checks import resolve
 from llmtk.reporting.card import card
 
@@ -255,32 +260,87 @@ def test_what_a_run_leaves_behind(tmp_path, plot):
     assert tokenizer.decode(tokenizer("to be")["input_ids"]) == "to be"
 
 
+class Cited(Lm):
+    """A stage with all that a card tells."""
+
+    name = "cited"
+    paper = "arXiv 1234.56789"
+    citation = """
+        @misc{doe2012texts,
+            author = {Jane Doe and
+                      John Roe},
+        }
+    """
+
+    class Options(Section):
+        beta: float = 0.5
+        names: list[str] = []
+
+
 def test_the_card_says_what_the_model_is_and_how_it_came_about(tmp_path, folder):
-    run = make(tmp_path / "run", eval=EVAL, model=folder, sections={"peft": {"r": 2}}, max_steps=2, weight_decay=0.1)
+    (tmp_path / "mine.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    sections = {"peft": {"r": 2}, "cited": {"beta": 0.25}}
+    run = make(
+        tmp_path / "run",
+        Cited,
+        rows=str(tmp_path / "mine.jsonl"),
+        eval=0.25,
+        model=folder,
+        sections=sections,
+        max_steps=2,
+        weight_decay=0.1,
+        warmup_steps=1,
+    )
     result = run.train()
-    head, title, text = (tmp_path / "run/README.md").read_text().split("\n\n", 2)
-    assert head == "---\nlibrary_name: peft\ntags: [llmtk, lm]\n---"  # a folder is no base_model that the hub knows
-    assert title == "# run"
+    text = (tmp_path / "run/README.md").read_text()
+    read = ModelCard(text)
+    assert read.data.to_dict() == {  # neither a folder nor a file is anything that the hub knows
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["llmtk", "cited"],
+    }
+    assert str(tmp_path) not in text
+    assert re.findall(r"^##? (.+)$", text, re.MULTILINE) == [
+        *("run", "Model", "Data", "Training", "Options of cited", "Results", "Versions", "Citation")
+    ]
     told = dict(re.findall(r"^\| (.+?) \| (.+) \|$", text, re.MULTILINE))
-    assert told["base model"] == folder
-    assert told["rows"] == "12 to train on, 3 to evaluate"
+    assert told["base model"] == Path(folder).name
+    assert told["method"] == "cited (arXiv 1234.56789)"
+    assert told["adapter"] == "lora, r 2, alpha 32"
+    assert told["train"] == "9 rows of mine.jsonl"
+    assert told["eval"] == "3 rows held out of the training data (a share of 0.25)"
     assert told["steps"] == "2 of 4 rows"
     assert told["tokens of a row"] == "64 at most"
-    assert told["adapter"] == "lora, r 2, alpha 32"
-    assert told["learning rate"] == "0.01, linear"
+    assert told["learning rate"] == "0.01, linear, 1 step of warm-up"
     assert told["optimizer"] == "adamw_torch_fused, weight decay 0.1"
     assert told["seed"] == "42"
+    assert (told["beta"], told["names"]) == ("0.25", "[]")
     assert told["eval_loss"] == f"{result.metrics['eval_loss']:.4f}"
-    assert f"torch {torch.__version__}" in told["versions"]
+    assert told["torch"] == torch.__version__
+    assert text.endswith(
+        "## Citation\n\n```bibtex\n@misc{doe2012texts,\n    author = {Jane Doe and\n              John Roe},\n}\n```\n"
+    )
 
 
-def test_the_card_names_a_base_on_the_hub(tmp_path):
+def test_the_card_names_what_is_on_the_hub(tmp_path):
     run = make(tmp_path / "run", max_steps=1)
     result = run.train()
-    named = run.config.model.model_copy(update={"name_or_path": "org/a|b", "from_config": None})
-    run.config = run.config.model_copy(update={"model": named})
-    assert card(run, result).startswith("---\nbase_model: org/a|b\nlibrary_name: transformers\n")
-    assert "| base model | org/a\\|b |" in card(run, result)
+    assert "## Citation" not in card(run, result)
+    assert "12 rows given in Python" in card(run, result)
+    model = run.config.model.model_copy(update={"name_or_path": "org/a|b", "from_config": None})
+    data = run.config.data.model_copy(update={"train": ["org/rows", "more.jsonl"]})
+    run.config = run.config.model_copy(update={"model": model, "data": data})
+    read = ModelCard(card(run, result))
+    assert read.data.base_model == "org/a|b"
+    assert read.data.datasets == ["org/rows"]
+    assert "| base model | org/a\\|b |" in read.text
+    assert "| train | 12 rows of org/rows, more.jsonl |" in read.text
+
+
+def test_a_rank_whose_machine_lacks_the_folder_says_so(tmp_path):
+    backend = SimpleNamespace(is_main=False, rank=3, together=lambda what, error: nullcontext())
+    with pytest.raises(ConfigurationError, match="elsewhere is not on the machine of rank 3"):
+        RunFolder(tmp_path / "elsewhere").begin(SimpleNamespace(backend=backend))
 
 
 def test_errors_before_training_leave_nothing(tmp_path):

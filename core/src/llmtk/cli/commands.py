@@ -34,6 +34,7 @@ BUILT_IN = {
     "run": "Train.",
     "runs": "List runs, show one, or compare several.",
     "schema": "Print the JSON Schema of a stage's configuration.",
+    "serve": "Serve a run's model, or any, to clients of OpenAI's API.",
     "show": "Show what a stage does, and every option with its default.",
 }
 

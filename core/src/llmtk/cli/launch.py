@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 import sys
 
 import click
 
+from llmtk.cli.ports import LOCAL, check_port, free_port
 from llmtk.errors import ConfigurationError
 
-LOCAL, PORT = "127.0.0.1", 29500
+PORT = 29500
 
 
 @click.command("launch", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -46,7 +46,7 @@ def command(
     check_gpus(processes // machines)
     port = main_port or (PORT if machines > 1 else free_port())
     if machine_rank == 0:
-        _check_port(port)
+        check_port("", port, "--main-port")
     started = [*launcher(processes, machines, machine_rank, main_address or LOCAL, port), "llmtk", "run", *words]
     click.echo(shlex.join(started))
     sys.stdout.flush()
@@ -101,19 +101,3 @@ def check_gpus(wanted: int) -> None:
             f"-n: {wanted} processes on this machine, which has {count} GPU{'s' * (count > 1)}. Give fewer, or train "
             "without GPUs: CUDA_VISIBLE_DEVICES= in front of the command"
         )
-
-
-def free_port() -> int:
-    """Return a port that nobody listens at."""
-    with socket.socket() as listener:
-        listener.bind((LOCAL, 0))
-        return int(listener.getsockname()[1])
-
-
-def _check_port(port: int) -> None:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that a run has just left is free
-        try:
-            listener.bind(("", port))
-        except OSError as error:
-            raise ConfigurationError(f"--main-port {port} cannot be had: {error.strerror}. Give another") from None

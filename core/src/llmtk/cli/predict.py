@@ -17,10 +17,6 @@ from llmtk.errors import ConfigurationError
 if TYPE_CHECKING:
     from llmtk.inference.predictions import Line
 
-NO_METRICS = (
-    "No metric of text is installed to measure them against {0!r}: "
-    "pip install llmtk-plugin-text-metrics brings BLEU, ROUGE and others"
-)
 SECONDS = 30
 """Between two lines of progress, where there is no terminal."""
 
@@ -113,7 +109,7 @@ def _say(
     lines: list[Line], column: str | None, metrics: dict[str, dict[str, Any]], *, for_scripts: bool, err: bool
 ) -> None:
     """Print what the predictions are worth, if that can be told."""
-    from llmtk.inference.predictions import measured
+    from llmtk.inference.predictions import NO_METRICS, measured
     from llmtk.metrics import compute_metrics
 
     values: dict[str, float] = {}

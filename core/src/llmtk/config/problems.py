@@ -54,7 +54,7 @@ _SHOWN = 20
 _LONGEST = 60
 """Characters of a wrong value that are shown."""
 
-_FEW = 12
+_FEW = 16
 """Keys of a section that are listed in place of a suggestion."""
 
 Path = tuple[str | int, ...]

@@ -23,6 +23,7 @@ from llmtk.config.sections import (
     GenerationConfig,
     ModelConfig,
     PeftConfig,
+    PredictConfig,
     SamplesConfig,
     Section,
     TrainConfig,
@@ -40,6 +41,7 @@ SHARED: dict[str, type[Section]] = {
     "peft": PeftConfig,
     "train": TrainConfig,
     "samples": SamplesConfig,
+    "predict": PredictConfig,
     "generation": GenerationConfig,
 }
 """The sections that every stage shares, and may give defaults for."""
@@ -66,6 +68,8 @@ class RunConfig(Section):
     """The stage's own options. In a file they stand under the stage's name."""
     samples: SamplesConfig
     """Samples written at each evaluation."""
+    predict: PredictConfig
+    """Predictions of the finished model."""
     generation: GenerationConfig
     """How completions are written."""
     plugins: dict[str, dict[str, Any]] = Field(default_factory=dict)

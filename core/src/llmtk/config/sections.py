@@ -326,6 +326,48 @@ class SamplesConfig(Section):
     """0: the likeliest token each time."""
 
 
+class PredictConfig(Section):
+    """Predictions of the finished model (train.do_predict)."""
+
+    data: str | None = None
+    """Rows to answer, of any kind that `llmtk predict` takes. By default those of data.test."""
+    reference: str | None = None
+    """The column that answers are measured against. By default `reference` or `answer`."""
+    metrics: list[str] | dict[str, dict[str, Any]] | None = None
+    """Metrics of text, or each with its options: {bleu: {tokenize: char}}. By default all installed ones that need no
+    option."""
+    n: int = Field(1, ge=1)
+    """Answers to each row; the first is measured."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Tokens of an answer, at most."""
+    temperature: float = Field(1.0, ge=0)
+    """Divides the logits. 0: the likeliest token each time."""
+    top_k: int = Field(0, ge=0)
+    """Keep the likeliest tokens, so many. 0: all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Keep the fewest tokens that have this share."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Keep tokens with this share of the likeliest one's probability."""
+    repetition_penalty: float = Field(1.0, gt=0)
+    """Over 1: says less again."""
+    stop_strings: list[str] = Field(default_factory=list)
+    """Texts that end an answer, and belong to it."""
+    seed: int = 0
+    """Decides what is drawn."""
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The settings of `Sampling` among these."""
+        settings = self.model_dump(exclude={"data", "reference", "metrics"})
+        return {**settings, "stop_strings": tuple(self.stop_strings)}
+
+    @model_validator(mode="after")
+    def _stops_are_texts(self) -> PredictConfig:
+        if not all(self.stop_strings):
+            raise ValueError("stop_strings has an empty text, which would end every answer at once")
+        return self
+
+
 class GenerationConfig(Section):
     """How completions are written, wherever they are: in demos, samples and reinforcement stages."""
 
@@ -372,6 +414,9 @@ class TrainConfig(Section):
     """Train. false: evaluate the model as it is, write the results, and stop."""
     do_eval: bool = True
     """Evaluate as eval_strategy says. false: never, as under eval_strategy: no."""
+    do_predict: bool = False
+    """Answer rows with the finished model: those of data.test, or of predict.data. The answers stand in
+    `predictions.jsonl`, and what they are worth among the results."""
     learning_rate: float = Field(5e-5, ge=0)
     """Peak learning rate."""
     num_train_epochs: float = Field(3.0, gt=0)
@@ -505,6 +550,8 @@ class TrainConfig(Section):
             raise ValueError("max_steps is 0: give a number of steps, or -1 to train for num_train_epochs")
         if not self.do_eval and self.eval_strategy != "no" and "eval_strategy" in self.model_fields_set:
             raise ValueError(f"do_eval: false and eval_strategy: {self.eval_strategy} exclude each other")
+        if self.do_predict and not self.do_train:
+            raise ValueError("do_train: false leaves no trained model to predict with; ask it as it is: llmtk predict")
         if not self.do_train and not self.evaluates:
             raise ValueError("do_train: false evaluates, and do_eval: false or eval_strategy: no forbid it: change one")
         if self.length_column_name != "length" and not self.group_by_length:

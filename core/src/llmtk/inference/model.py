@@ -20,7 +20,69 @@ if TYPE_CHECKING:
     from llmtk.generation.jobs import Hear
 
 
-class LanguageModel:
+class TextModel:
+    """What answers prompts: a tokenizer, and a model's way to write completions."""
+
+    tokenizer: Any
+
+    @property
+    def positions(self) -> float:
+        """Tokens that a prompt and its answer may have together; infinity where the model sets no end."""
+        raise NotImplementedError
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
+        """Return completions of tokenised prompts, (prompts, n)."""
+        raise NotImplementedError
+
+    def row(self, prompt: str | list[Message], place: str) -> Prompt:
+        """Return a question or a dialogue as a row. A question is a turn of the user where there is a chat template.
+
+        DatasetError, which names the place, for one that cannot be asked.
+        """
+        from llmtk.data.rows import Prompt, RowError
+
+        if isinstance(prompt, str) and self.tokenizer.chat_template:
+            prompt = [{"role": "user", "content": prompt}]
+        row = Prompt(prompt, {}, place=place)
+        try:
+            row.check()
+        except RowError as error:
+            raise DatasetError(f"{place}: {error}") from error
+        return row
+
+    def tokens(self, rows: Sequence[Prompt], notices: list[str] | None = None) -> list[list[int]]:
+        """Return the tokens of each row up to where its answer begins, as they are in training.
+
+        `notices` takes what the user should know. DatasetError names the rows that leave no room to answer, or that the
+        template refuses.
+        """
+        from llmtk.config.sections import DataConfig
+        from llmtk.data import encode
+
+        if not rows:
+            return []
+        encoded, report = encode(rows, self.tokenizer, DataConfig(max_length=2**31 - 1))
+        if notices is not None:
+            notices += report.notices
+        prompts = [list(ids) for ids in encoded["prompt_ids"]]
+        full = [(row.place, len(ids)) for row, ids in zip(rows, prompts, strict=True) if len(ids) >= self.positions]
+        if full:
+            named = ", ".join(f"{place}: {length:,}" for place, length in full[:3]) + (", ..." if len(full) > 3 else "")
+            raise DatasetError(
+                f"{len(full)} of {len(rows)} prompts leave no room to answer: prompt and answer may have "
+                f"{self.positions:,} tokens together ({named}). Shorten them, or take them out"
+            )
+        return prompts
+
+    def text(self, completion: Completion | list[int]) -> str:
+        """Return a completion, or tokens, as text without special tokens."""
+        tokens = completion if isinstance(completion, list) else completion.tokens
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+class LanguageModel(TextModel):
     """A model and its tokenizer, in eval mode on the fastest device there is, as what answers prompts.
 
     `name` is a run's folder, or what `llmtk.load` takes: a model's folder, an adapter's, a hub name, `builtin`.
@@ -99,51 +161,6 @@ class LanguageModel:
         rows = [self.row(prompt, f"prompt {number}") for number, prompt in enumerate(prompts, start=1)]
         texts = [[self.text(answer) for answer in copies] for copies in self.generate(self.tokens(rows), sampling)]
         return texts if sampling.n > 1 else [copies[0] for copies in texts]
-
-    def row(self, prompt: str | list[Message], place: str) -> Prompt:
-        """Return a question or a dialogue as a row. A question is a turn of the user where there is a chat template.
-
-        DatasetError, which names the place, for one that cannot be asked.
-        """
-        from llmtk.data.rows import Prompt, RowError
-
-        if isinstance(prompt, str) and self.tokenizer.chat_template:
-            prompt = [{"role": "user", "content": prompt}]
-        row = Prompt(prompt, {}, place=place)
-        try:
-            row.check()
-        except RowError as error:
-            raise DatasetError(f"{place}: {error}") from error
-        return row
-
-    def tokens(self, rows: Sequence[Prompt], notices: list[str] | None = None) -> list[list[int]]:
-        """Return the tokens of each row up to where its answer begins, as they are in training.
-
-        `notices` takes what the user should know. DatasetError names the rows that leave no room to answer, or that the
-        template refuses.
-        """
-        from llmtk.config.sections import DataConfig
-        from llmtk.data import encode
-
-        if not rows:
-            return []
-        encoded, report = encode(rows, self.tokenizer, DataConfig(max_length=2**31 - 1))
-        if notices is not None:
-            notices += report.notices
-        prompts = [list(ids) for ids in encoded["prompt_ids"]]
-        full = [(row.place, len(ids)) for row, ids in zip(rows, prompts, strict=True) if len(ids) >= self.positions]
-        if full:
-            named = ", ".join(f"{place}: {length:,}" for place, length in full[:3]) + (", ..." if len(full) > 3 else "")
-            raise DatasetError(
-                f"{len(full)} of {len(rows)} prompts leave no room to answer: prompt and answer may have "
-                f"{self.positions:,} tokens together ({named}). Shorten them, or take them out"
-            )
-        return prompts
-
-    def text(self, completion: Completion | list[int]) -> str:
-        """Return a completion, or tokens, as text without special tokens."""
-        tokens = completion if isinstance(completion, list) else completion.tokens
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens))

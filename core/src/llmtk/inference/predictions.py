@@ -17,7 +17,7 @@ from llmtk.errors import ConfigurationError, DatasetError, LlmtkError
 if TYPE_CHECKING:
     from llmtk.data.rows import Prompt
     from llmtk.generation import Completion, Sampling
-    from llmtk.inference.model import LanguageModel
+    from llmtk.inference.model import TextModel
 
 STDOUT = "-"
 REFERENCES = ("reference", "answer")
@@ -25,11 +25,16 @@ REFERENCES = ("reference", "answer")
 CHUNKS = 4
 """Rows are written out after so many times what is generated side by side: what ends early makes room for the next."""
 
+NO_METRICS = (
+    "No metric of text is installed to measure them against {0!r}: "
+    "pip install llmtk-plugin-text-metrics brings BLEU, ROUGE and others"
+)
+
 Line = dict[str, Any]
 
 
 def predict(
-    model: LanguageModel,
+    model: TextModel,
     rows: Sequence[Prompt],
     sampling: Sampling,
     output: Output,
@@ -71,13 +76,13 @@ def beginning_of(row: Prompt) -> Line:
     return {"prompt": row.prompt, **({"tools": row.tools} if row.tools else {}), **columns}
 
 
-def reference_column(lines: Sequence[Line], wanted: str | None = None) -> str | None:
+def reference_column(lines: Sequence[Line], wanted: str | None = None, option: str = "--reference") -> str | None:
     """Return the column that predictions are measured against, or None. ConfigurationError if no row has it."""
     if wanted is None:
         return next((name for name in REFERENCES if any(name in line for line in lines)), None)
     if not any(wanted in line for line in lines):
         known = ", ".join(dict.fromkeys(name for line in lines for name in line))
-        raise ConfigurationError(f"--reference {wanted}: no row has such a column; there are {known}")
+        raise ConfigurationError(f"{option} {wanted}: no row has such a column; there are {known}")
     return wanted
 
 
@@ -95,7 +100,7 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _said(model: LanguageModel, completions: Sequence[Completion]) -> Line:
+def _said(model: TextModel, completions: Sequence[Completion]) -> Line:
     texts, ends = [model.text(each) for each in completions], [each.stopped for each in completions]
     if len(completions) == 1:
         return {"completion": texts[0], "stopped": ends[0]}

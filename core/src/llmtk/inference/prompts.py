@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmtk.data import read_rows
 from llmtk.data.formats import FORMATS, Columns, Format, _clean, _tools
-from llmtk.data.rows import Dialogue, Prompt, Row, RowError, check_messages, conversion, convert
+from llmtk.data.rows import (
+    Dialogue,
+    Labelled,
+    Pair,
+    Prompt,
+    PromptCompletion,
+    Row,
+    RowError,
+    check_messages,
+    conversion,
+    convert,
+)
 from llmtk.errors import DatasetError
+
+if TYPE_CHECKING:
+    from llmtk.config.sections import DataConfig
 
 STDIN = "-"
 
@@ -52,12 +67,12 @@ _FORMAT = Format("messages to answer", Asked, frozenset({"messages"}), _messages
 FORMATS[_FORMAT.name] = _FORMAT
 
 
-def read_prompts(source: str) -> tuple[list[Prompt], bool]:
+def read_prompts(source: str, config: DataConfig | None = None) -> tuple[list[Prompt], bool]:
     """Return the rows of a file, or of standard input for `-`, and whether they are lines of text, each a question.
 
-    Such a question is yet to be put through the chat template, if there is one (`LanguageModel.row`). A .txt file holds
-    such lines; standard input does unless it begins with `{`, as JSON lines do. DatasetError for data that cannot be
-    read, naming every bad row.
+    Such a question is yet to be put through the chat template, if there is one (`TextModel.row`). A .txt file holds
+    such lines; standard input does unless it begins with `{`, as JSON lines do. `config` has the columns and the
+    catalog of a run. DatasetError for data that cannot be read, naming every bad row.
     """
     given: Any = source
     if source == STDIN:
@@ -68,8 +83,31 @@ def read_prompts(source: str) -> tuple[list[Prompt], bool]:
     elif source.lower().endswith(".txt"):
         (document,) = read_rows(source, ("text",))
         return _questions(source, *document.texts()), True
-    rows: list[Any] = read_rows(given, (Asked.type,))
+    rows: list[Any] = read_rows(given, (Asked.type,), config)
     return [Prompt(row.prompt, row.columns, row.tools, place=row.place) for row in rows], False
+
+
+def prompts_of(rows: Sequence[Row]) -> list[Prompt]:
+    """Return a stage's rows as rows to be answered. What each should be answered with becomes a column of it.
+
+    DatasetError for rows of a type that asks nothing, as texts do.
+    """
+    return [_asking(row) for row in rows]
+
+
+def _asking(row: Row) -> Prompt:
+    if isinstance(row, Pair):
+        return Prompt(row.prompt, {"reference": row.chosen}, row.tools, place=row.place)
+    if isinstance(row, PromptCompletion):
+        return Prompt(row.prompt, {"reference": row.completion}, row.tools, place=row.place)
+    if isinstance(row, Labelled):
+        return Prompt(row.prompt, {"reference": row.completion} if row.label else {}, row.tools, place=row.place)
+    try:
+        (asking,) = convert(row, [Prompt.type])
+    except RowError as error:
+        raise DatasetError(f"{row.place}: {error}") from error
+    assert isinstance(asking, Prompt)
+    return asking
 
 
 def _standard_input() -> str:

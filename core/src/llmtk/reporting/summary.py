@@ -33,6 +33,7 @@ def plan_lines(run: Run) -> list[str]:
         f"model      {model_name(run)}, {plan.total_parameters:,} parameters, {share}",
         f"data       {rows} to train on, {plan.eval_rows:,} to evaluate{test}",
         *_steps(run),
+        *([f"predict    {len(run.questions):,} rows, with the finished model"] if run.questions else []),
         f"compute    {plan.precision} on {plan.device}",
         "scoring    packed, proven on this model" if scorer.packed else f"scoring    padded: {scorer.why_padded}",
         *(["compiled   the layers, proven on this model"] if run.compiled else []),

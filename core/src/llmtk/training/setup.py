@@ -18,6 +18,7 @@ from llmtk.training.fetching import Fetcher
 from llmtk.training.neftune import EmbeddingNoise
 from llmtk.training.order import row_lengths, row_order
 from llmtk.training.planning import make_plan
+from llmtk.training.predicting import check_predictions, check_room, read_questions
 from llmtk.training.randomness import Randomness
 from llmtk.training.router import RouterLoss
 from llmtk.training.sharding import check_parallelism
@@ -36,6 +37,7 @@ def check(run: Run) -> None:
     from llmtk.models.options import check_options
 
     run.stage.check(run)
+    check_predictions(run)
     model, merges = run.config.model, run.config.train.merge_and_save
     check_model(model)
     check_options(model, run.config.peft, merges=merges, dropout=_keeps_dropout(run))
@@ -64,10 +66,12 @@ def load(run: Run) -> None:
         run.notify("WARNING: model.trust_remote_code is on: Python code that comes with the model runs as you")
     read_rows(run)
     data = _encode_data(run)
+    run.questions = read_questions(run) if run.config.train.do_predict else []
     run.train_rows, run.eval_rows, run.test_rows = data.train, data.eval, data.test
     run.train_lengths = row_lengths(data.train)
     run.fetcher = Fetcher(data.train, run.config.train.dataloader_num_workers)
     _load_models(run)
+    check_room(run)
     optimizer = run.hooks.build_optimizer()
     run.backend.prepare(run.model, run.frozen, optimizer)
     run.optimizer = optimizer
