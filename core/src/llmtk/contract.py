@@ -138,6 +138,12 @@ class RunView(Protocol):
         Logits are divided by `temperature`, as when tokens are sampled at it.
         """
 
+    def scoring_also(self, *names: str) -> AbstractContextManager[None]:
+        """Have the policy's scores hold more within a context than the stage asks for, from the same pass.
+
+        For `around_compute_loss`: what `inner` hands on as its scores then has these too. Names as in `score`.
+        """
+
     def score_window(
         self, batch: Batch, *, model: str | None = None, also: Iterable[str] = (), temperature: float = 1.0
     ) -> Scores:

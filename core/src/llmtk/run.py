@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -156,6 +156,7 @@ class Run:
         self.opened: nn.Module | None = None
         self._signal: int | None = None
         self._said: set[str] = set()
+        self._also_scored: frozenset[str] = frozenset()
         self._speed = Speed()
         self.whole_weights: dict[str, Tensor] | None = None
         self.precomputed: Precomputed | None = None
@@ -300,7 +301,18 @@ class Run:
         if self.precomputed is not None and model == REFERENCE:
             assert temperature == 1, "a stage that honours precompute_reference scores at temperature 1"
             return self.precomputed.scores(batch, also)
-        return self.scorers[model].score(self._forward(model, batch), batch, also, temperature)
+        wanted = frozenset(also) | (self._also_scored if model is None else frozenset())
+        return self.scorers[model].score(self._forward(model, batch), batch, wanted, temperature)
+
+    @contextlib.contextmanager
+    def scoring_also(self, *names: str) -> Iterator[None]:
+        """Have the policy's scores hold more within a context than the stage asks for."""
+        before = self._also_scored
+        self._also_scored = before | frozenset(names)
+        try:
+            yield
+        finally:
+            self._also_scored = before
 
     def score_window(
         self, batch: Batch, *, model: str | None = None, also: Iterable[str] = (), temperature: float = 1.0
