@@ -478,16 +478,21 @@ class Run:
         line = {"step": self.state.step, "epoch": round(self.order.epochs, 6), **values}
         if self.backend.is_main:
             self.records.write("metrics", line)
-        if self.config.train.report_to:
-            self.backend.accelerator.log(dict(values), step=self.state.step)
+        self._track(values)
 
-    def record_timings(self, values: Mapping[str, float]) -> None:
-        """Write a line of timings, and print the line of metrics that belongs to it."""
+    def record_timings(self, values: Mapping[str, float], extra: Mapping[str, float]) -> None:
+        """Write a line of timings, to the file and the trackers, and print the line of metrics that belongs to it."""
         speed = self._speed.tokens_per_second
+        timings = {**self._speed.take(), **extra}
         if self.backend.is_main:
-            self.records.write("timings", {"step": self.state.step, **self._speed.take()})
+            self.records.write("timings", {"step": self.state.step, **timings})
+        self._track({name: value for name, value in timings.items() if name != "time" and value is not None})
         line = {"step": self.state.step, "epoch": self.order.epochs, **values}
         self.console.log(line, self.plan.max_steps, speed)
+
+    def _track(self, values: Mapping[str, float]) -> None:
+        if self.config.train.report_to:
+            self.backend.accelerator.log(dict(values), step=self.state.step)
 
     def log_samples(self, samples: Sequence[Mapping[str, Any]], steps: int = 1) -> None:
         """Write samples, and show them, if a line of the log is due within the next steps."""
