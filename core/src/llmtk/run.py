@@ -32,7 +32,7 @@ from llmtk.reporting.console import Console
 from llmtk.reporting.logs import RunLog
 from llmtk.reporting.records import Records
 from llmtk.reporting.speed import Speed
-from llmtk.scoring import Scorer, Scores
+from llmtk.scoring import Memory, Scorer, Scores
 from llmtk.scoring.kept import keep_less
 from llmtk.training import checkpoints, loop, optimizers, setup, snapshot
 from llmtk.training.backend import Backend
@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 __all__ = ["Interrupted", "Result", "Run", "evaluate_run"]
 
 Answer = TypeVar("Answer")
+Told = TypeVar("Told", Scores, Tensor)
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ class Run:
         self._signal: int | None = None
         self._said: set[str] = set()
         self._also_scored: frozenset[str] = frozenset()
+        self._memory: Memory | None = None
         self._speed = Speed()
         self.whole_weights: dict[str, Tensor] | None = None
         self.precomputed: Precomputed | None = None
@@ -298,6 +300,9 @@ class Run:
         self, batch: Batch, *, model: str | None = None, also: Iterable[str] = (), temperature: float = 1.0
     ) -> Scores:
         """Return the log-prob of every target token."""
+        return self._asked(batch, lambda: self._score(batch, model, also, temperature))
+
+    def _score(self, batch: Batch, model: str | None, also: Iterable[str], temperature: float) -> Scores:
         if self.precomputed is not None and model == REFERENCE:
             assert temperature == 1, "a stage that honours precompute_reference scores at temperature 1"
             return self.precomputed.scores(batch, also)
@@ -313,6 +318,16 @@ class Run:
             yield
         finally:
             self._also_scored = before
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[Memory]:
+        """Take down within a context what models are asked about a micro-batch."""
+        before = self._memory
+        self._memory = Memory(before)
+        try:
+            yield self._memory
+        finally:
+            self._memory = before
 
     def score_window(
         self, batch: Batch, *, model: str | None = None, also: Iterable[str] = (), temperature: float = 1.0
@@ -330,7 +345,7 @@ class Run:
 
     def values(self, batch: Batch, *, model: str | None = None) -> Tensor:
         """Return the value (targets,) at the position that predicts each target, by a head of one value a token."""
-        return self.scorers[model].values(self._forward(model, batch), batch)
+        return self._asked(batch, lambda: self.scorers[model].values(self._forward(model, batch), batch))
 
     def values_window(self, batch: Batch, *, model: str | None = None) -> Tensor:
         """Return a whole window's values (targets,), as `score_window` scores it. All ranks must call it together."""
@@ -341,7 +356,8 @@ class Run:
 
     def map_logits(self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = ()) -> Tensor:
         """Apply `fn(logits, *columns)` to the logits at target positions, with the exact gradient."""
-        return self.scorers[None].map_logits(self._forward(None, batch), batch, fn, columns)
+        scorer, forward = self.scorers[None], self._forward(None, batch)
+        return self._asked(batch, lambda: scorer.map_logits(forward, batch, fn, columns))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None = None
@@ -385,6 +401,13 @@ class Run:
     def generator(self, purpose: str) -> torch.Generator:
         """Return this purpose's own random generator, which checkpoints keep."""
         return self.randomness.generator(purpose)
+
+    def encode(self, data: Any, row_types: Sequence[str]) -> Dataset:
+        """Read rows of these types, and encode them as the run's own are."""
+        from llmtk.data import read_rows
+        from llmtk.training import defaults
+
+        return defaults.encode_rows(self, read_rows(data, row_types, self.config.data))
 
     def draw(self, rows: int) -> list[Row]:
         """Take this rank's share of `rows` more rows of the training data. All ranks must call it together."""
@@ -622,6 +645,9 @@ class Run:
             return {"figure": self.demo.measure(self)} | {name: fn(self) for name, fn in self.demo.also.items()}
 
     # Small things
+
+    def _asked(self, batch: Batch, compute: Callable[[], Told]) -> Told:
+        return compute() if self._memory is None else self._memory.asked(batch, compute)
 
     def _over_window(
         self, batch: Batch, model: str | None, fn: Callable[[Batch], Answer]
