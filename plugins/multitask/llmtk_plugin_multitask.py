@@ -87,16 +87,20 @@ class Multitask:
     @hookimpl(wrapper=True)
     def build_data(self, run: RunView) -> Generator[None, Data, Data]:
         data = yield
-        found = sources(data.train)
-        asked, o = self.options.per_source, self.options
-        self.tells_sources = len(found) > 1 if asked is None else asked
-        if self.tells_sources:
-            check_sources(found)
-        elif o.beside is None:
+        o, found = self.options, sources(data.train)
+        if o.per_source and "" in found:
             raise ConfigurationError(
-                "plugins.multitask would do nothing: it tells of each source of the training data, and they have "
-                f"{'one' if asked is None else 'per_source: false'}; or it learns a second data set beside, and "
-                "plugins.multitask.beside names none. Other kinds of tasks together are not supported"
+                "plugins.multitask.per_source: this run's rows do not say which source they are from: they are given "
+                "in Python, or made of several documents. Give files under data.train, or leave it out"
+            )
+        several = len({name_of(source) for source in found}) > 1 and "" not in found
+        self.tells_sources = several if o.per_source is None else o.per_source
+        if not self.tells_sources and o.beside is None:
+            why = "which has one" if found else "which a stream does not name beforehand (per_source: true asks for it)"
+            raise ConfigurationError(
+                "plugins.multitask would do nothing. It tells of each source of the training data, "
+                f"{why if o.per_source is None else 'and per_source is false'}; or it learns a second data set "
+                "beside, and plugins.multitask.beside names none. Other kinds of tasks together are not supported"
             )
         if o.beside is not None:
             self.beside = run.encode(o.beside.data, ("dialogue", "prompt_completion"))
@@ -124,40 +128,16 @@ class Multitask:
 
     @hookimpl
     def around_prepare_batch(self, run: RunView, rows: list[Row], inner: Callable[[list[Row]], Round]) -> Round:
-        round = inner(rows)
-        if self.beside is None or not run.model.training:
+        round, data, settings = inner(rows), self.beside, self.options.beside
+        if data is None or settings is None or not run.model.training:
             return round
-        by_rank = run.gather([len(window) for window in round.windows])
-        return replace(
-            round,
-            windows=[
-                self._with_rows(run, window, number, [theirs[number] for theirs in by_rank])
-                for number, window in enumerate(round.windows)
-            ],
-        )
-
-    def _with_rows(self, run: RunView, window: Batch, number: int, groups: SequenceOf[int]) -> Batch:
-        """Deal the rows of a window to its groups, as evenly as they come; `groups` are those of each rank."""
-        assert self.beside is not None
-        indices = self._indices(run, run.step + number)
-        first, total = sum(groups[: run.rank]), sum(groups)
-        dealt = [
-            [
-                self.beside[index]
-                for index in indices[group * len(indices) // total : (group + 1) * len(indices) // total]
-            ]
-            for group in range(first, first + len(window))
-        ]
-        return carrying(window, dealt)
-
-    def _indices(self, run: RunView, step: int) -> list[int]:
-        """Return the rows of a step (rows,), the same on all ranks."""
-        assert self.beside is not None
-        assert self.options.beside is not None
-        size, count = len(self.beside), self.options.beside.rows
-        places = range(step * count, (step + 1) * count)
-        orders = {epoch: shuffled(size, run.data_seed, epoch) for epoch in {place // size for place in places}}
-        return [int(orders[place // size][place % size]) for place in places]
+        windows, by_rank = [], run.gather([len(window) for window in round.windows])
+        for number, window in enumerate(round.windows):
+            groups = [theirs[number] for theirs in by_rank]
+            indices = due(len(data), settings.rows, run.data_seed, run.step + number)
+            mine = dealt(indices, sum(groups))[sum(groups[: run.rank]) :][: len(window)]
+            windows.append(carrying(window, [[data[index] for index in some] for some in mine]))
+        return replace(round, windows=windows)
 
     @hookimpl
     def around_compute_loss(self, run: RunView, batch: Batch, inner: Callable[[Batch], LossOutput]) -> LossOutput:
@@ -197,32 +177,23 @@ class Multitask:
 
 
 def sources(rows: Dataset) -> set[str]:
-    """Return the sources of rows. Where they have no column `place`, that of the first row."""
+    """Return the sources of rows: empty for those that name none. Of a stream nothing is known yet."""
     data: Any = rows
     if "place" in getattr(data, "column_names", ()):
         return {source_of(place) for place in data["place"][:]}
     return {source_of(data[0]["place"])} if len(rows) else set()
 
 
-def check_sources(found: set[str]) -> None:
-    """Raise a ConfigurationError where a row does not tell its source."""
-    if "" in found or not found:
-        raise ConfigurationError(
-            "plugins.multitask.per_source: this run's rows do not say which source they are from: they are given in "
-            "Python, streamed, or made of several documents. Give files under data.train, or leave it out"
-        )
-
-
-def task_of(place: str) -> str:
-    """Return what the source of a place is called: its name without folder and suffix."""
-    return Path(source_of(place)).stem or "other"
+def name_of(source: str) -> str:
+    """Return what a source is called: its name without folder and suffix."""
+    return Path(source).stem or "other"
 
 
 def tasks(batch: Batch) -> dict[str, list[int]]:
     """Return the groups of each task."""
     found: dict[str, list[int]] = {}
     for group, place in enumerate(batch.places):
-        found.setdefault(task_of(place), []).append(group)
+        found.setdefault(name_of(source_of(place)), []).append(group)
     return found
 
 
@@ -241,6 +212,19 @@ def means(output: LossOutput, batch: Batch) -> dict[str, Mean]:
 
 
 # Rows that go with groups
+
+
+def due(size: int, count: int, seed: int, step: int) -> list[int]:
+    """Return which rows of a data set of so many a step takes (count,)."""
+    places = range(step * count, (step + 1) * count)
+    orders = {epoch: shuffled(size, seed, epoch) for epoch in {place // size for place in places}}
+    return [int(orders[place // size][place % size]) for place in places]
+
+
+def dealt(indices: list[int], groups: int) -> list[list[int]]:
+    """Deal rows to groups in their order, as evenly as they come."""
+    count = len(indices)
+    return [indices[group * count // groups : (group + 1) * count // groups] for group in range(groups)]
 
 
 def digest(rows: Dataset) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from llmtk_plugin_multitask import BESIDE, carried, means, task_of
+from llmtk_plugin_multitask import BESIDE, carried, dealt, due, means, name_of
 from safetensors.torch import load_file
 
 import llmtk
 from llmtk import Batch, ConfigurationError, Group, LossOutput, Mean, Run, Term
+from llmtk.data import source_of
 from llmtk.training.order import shuffled
 
 TINY = {
@@ -114,7 +115,7 @@ def test_several_terms_are_told_each() -> None:
     ],
 )
 def test_a_task_is_called_after_its_file(place: str, task: str) -> None:
-    assert task_of(place) == task
+    assert name_of(source_of(place)) == task
 
 
 # Beside
@@ -145,6 +146,19 @@ def test_the_term_is_the_nll_of_the_rows_that_are_due(tmp_path: Path) -> None:
     for name, parameter in run.model.named_parameters():
         apart = (parameter.grad.double() - gradients[name].grad).norm()  # type: ignore[union-attr, operator]
         assert apart < 1e-5 * gradients[name].grad.norm(), name
+
+
+def test_each_row_comes_once_before_any_comes_again() -> None:
+    line = [index for step in range(7) for index in due(7, 3, 5, step)]
+    assert [sorted(line[start : start + 7]) for start in (0, 7, 14)] == [list(range(7))] * 3
+    assert line[:7] != line[7:14]
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "wanted"), [(3, 2, [[0], [1, 2]]), (2, 4, [[], [0], [], [1]]), (0, 1, [[]]), (1, 0, [])]
+)
+def test_rows_are_dealt_in_order(rows: int, groups: int, wanted: list[list[int]]) -> None:
+    assert dealt(list(range(rows)), groups) == wanted
 
 
 def test_a_step_is_the_same_however_it_is_cut(tmp_path: Path) -> None:
@@ -192,8 +206,13 @@ def test_evaluations_are_the_stages_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "rows", "options", "said"),
     [
-        ("sft", ANSWERS, {}, "would do nothing: .* they have one; .* Other kinds of tasks together are not supported"),
-        ("sft", ANSWERS, {"per_source": False}, "they have per_source: false"),
+        (
+            "sft",
+            ANSWERS,
+            {},
+            r"would do nothing\. .* which has one; .* Other kinds of tasks together are not supported",
+        ),
+        ("sft", ANSWERS, {"per_source": False}, "and per_source is false"),
         ("sft", ANSWERS, {"per_source": True}, "do not say which source they are from: they are given in Python"),
         ("pt", [{"text": "a document " * 30}], {"per_source": True}, "or made of several documents"),
         ("rm", PAIRS, {"beside": {"data": ANSWERS}}, "this stage has a head of one value"),
