@@ -188,7 +188,19 @@ def test_a_run_under_deepspeed_is_that_of_one_process(spread: Path, stage: int) 
             assert distance(found[fault]["weights"], one[fault]["weights"]) < 1e-6
 
 
-PREFERENCES = ("dpo", "dpo_transport", "dpo_moving", "ipo", "kto", "cpo", "simpo", "orpo", "rm", "precomputed")
+PREFERENCES = (
+    "dpo",
+    "dpo_transport",
+    "dpo_moving",
+    "ipo",
+    "kto",
+    "cpo",
+    "simpo",
+    "orpo",
+    "rm",
+    "tasks_together",
+    "precomputed",
+)
 
 
 @pytest.mark.parametrize("check", PREFERENCES)
@@ -198,6 +210,11 @@ def test_two_ranks_learn_preferences_as_one_does(answer: Answers, check: str) ->
     assert distance(two["weights"], one["weights"]) < 1e-6
     for mine, theirs in zip(two["metrics"], one["metrics"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+def test_two_ranks_tell_tasks_apart(answer: Answers) -> None:
+    line = next(line for line in answer("tasks_together", 2)["metrics"] if "loss" in line)
+    assert {"few/loss", "many/loss", "few/rewards/margins", "loss/multitask_nll"} <= line.keys()
 
 
 def test_a_precomputed_reference_is_the_reference(answer: Answers) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llmtk_plugin_multitask import Multitask
 from llmtk_pref import demo_rows
 from llmtk_stage_sft import SupervisedFineTuning
 
@@ -126,7 +127,7 @@ def make(
     stage: type | str = Probe,
     *,
     data: list[dict[str, str]] | None = None,
-    evaluation: list[dict[str, str]] | None = None,
+    evaluation: str | list[dict[str, str]] | None = None,
     in_order: bool = False,
     plugins: tuple[object, ...] = (),
     model: Any = None,
@@ -343,6 +344,20 @@ def preference(name: str) -> Callable[[World], Answer]:
 
     check.__name__ = name
     return check
+
+
+def tasks_together(world: World) -> Answer:
+    """Two sources of pairs, told apart, and text beside them: fewer rows of it in a step than there are pairs."""
+    folder = world.out / f"tasks-{world.size}-{world.rank}"
+    folder.mkdir()
+    pairs = demo_rows("train", 19)
+    for name, part in (("few", pairs[:5]), ("many", pairs[5:])):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    sources: Any = [str(folder / "many.jsonl"), {"path": str(folder / "few.jsonl"), "weight": 2}]
+    settings = {"max_steps": 6, "learning_rate": 0.05, "eval_strategy": "steps", "eval_steps": 3}
+    settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // world.size}
+    together = Multitask(Multitask.Options(beside={"data": rows(7), "rows": 5, "coefficient": 0.5}))
+    return trained(make(world, "tasks", "dpo", data=sources, evaluation=sources[0], plugins=(together,), **settings))
 
 
 def precomputed(world: World) -> Answer:
@@ -837,6 +852,7 @@ CHECKS: list[Callable[[World], Answer]] = [
     lora,
     zero_weight,
     *map(preference, PREFERENCES),
+    tasks_together,
     precomputed,
     *map(reinforcement, REINFORCEMENT),
     left_out,

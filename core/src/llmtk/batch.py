@@ -65,7 +65,7 @@ class Group:
 
     `weights` are this group's shares of the denominators that terms name (`{"tokens": 17, "pairs": 1}`). Columns hold
     one value per group, one per sequence (a list), or one per target token (a tensor (targets of the group, ...)).
-    `place` says where the row came from, for messages.
+    `place` says where the row came from, for messages, and for who tells sources apart (`llmtk.data.source_of`).
     """
 
     sequences: SequenceOf[Sequence]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llmtk.data import Row as DataRow
     from llmtk.generation import Completion, Sampling
     from llmtk.host.hooks import Hooks
-    from llmtk.scoring import Scores
+    from llmtk.scoring import Memory, Scores
 
 API = 1
 """The contract's version. A stage that declares another one is refused."""
@@ -138,6 +138,16 @@ class RunView(Protocol):
         Logits are divided by `temperature`, as when tokens are sampled at it.
         """
 
+    def scoring_also(self, *names: str) -> AbstractContextManager[None]:
+        """Have the policy's scores hold more within a context than the stage asks for, from the same pass.
+
+        For `around_compute_loss`: what `inner` hands on as its scores then has these too. Names as in `score`.
+        """
+
+    def remembering(self) -> AbstractContextManager[Memory]:
+        """Take down within a context what models are asked about a micro-batch, so that `compute_loss` can be asked
+        about some of its groups again without a forward pass: see `llmtk.scoring.Memory`."""
+
     def score_window(
         self, batch: Batch, *, model: str | None = None, also: Iterable[str] = (), temperature: float = 1.0
     ) -> Scores:
@@ -163,6 +173,12 @@ class RunView(Protocol):
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return this purpose's own random generator, which checkpoints keep."""
+
+    def encode(self, data: Any, row_types: Sequence[str]) -> Dataset:
+        """Read rows of these types from a source, several, or a list of them, and encode them as the run's own are.
+
+        For plugins that bring data of their own, in `build_data`. DatasetError as for the run's.
+        """
 
     def draw(self, rows: int) -> list[Row]:
         """Take this rank's share of `rows` more rows of the training data. All ranks must call it together."""

@@ -232,14 +232,13 @@ class RunFolder:
 
     def _write_facts(self, run: Run) -> None:
         from llmtk.config.reading import to_yaml
-        from llmtk.host.manager import plugin_versions
         from llmtk.training.snapshot import environment
 
         replace_file(self.path / CONFIG, to_yaml(settings_of(run)))
         facts = {
             "stage": run.stage_name,
             "demo": run.demo is not None,
-            "plugins": [list(entry) for entry in plugin_versions(run.manager)],
+            "plugins": [list(entry) for entry in run.plan.plugins],
             "environment": environment() | {"ranks": run.world_size, "device": run.plan.device},
             "precision": run.plan.precision,
             "data": _data_hashes(run),

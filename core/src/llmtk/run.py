@@ -33,7 +33,7 @@ from llmtk.reporting.console import Console
 from llmtk.reporting.logs import RunLog
 from llmtk.reporting.records import Records
 from llmtk.reporting.speed import Speed
-from llmtk.scoring import Scorer, Scores
+from llmtk.scoring import Memory, Scorer, Scores
 from llmtk.scoring.kept import keep_less
 from llmtk.training import checkpoints, loop, optimizers, setup, snapshot
 from llmtk.training.backend import Backend
@@ -66,6 +66,7 @@ if TYPE_CHECKING:
 __all__ = ["Interrupted", "Result", "Run", "evaluate_run"]
 
 Answer = TypeVar("Answer")
+Told = TypeVar("Told", Scores, Tensor)
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,8 @@ class Run:
         self._signal: int | None = None
         self._said: set[str] = set()
         self._subject = ""
+        self._also_scored: frozenset[str] = frozenset()
+        self._memory: Memory | None = None
         self._speed = Speed()
         self.whole_weights: dict[str, Tensor] | None = None
         self.precomputed: Precomputed | None = None
@@ -304,10 +307,34 @@ class Run:
         self, batch: Batch, *, model: str | None = None, also: Iterable[str] = (), temperature: float = 1.0
     ) -> Scores:
         """Return the log-prob of every target token."""
+        return self._asked(batch, lambda: self._score(batch, model, also, temperature))
+
+    def _score(self, batch: Batch, model: str | None, also: Iterable[str], temperature: float) -> Scores:
         if self.precomputed is not None and model == REFERENCE:
             assert temperature == 1, "a stage that honours precompute_reference scores at temperature 1"
             return self.precomputed.scores(batch, also)
-        return self.scorers[model].score(self._forward(model, batch), batch, also, temperature)
+        wanted = frozenset(also) | (self._also_scored if model is None else frozenset())
+        return self.scorers[model].score(self._forward(model, batch), batch, wanted, temperature)
+
+    @contextlib.contextmanager
+    def scoring_also(self, *names: str) -> Iterator[None]:
+        """Have the policy's scores hold more within a context than the stage asks for."""
+        before = self._also_scored
+        self._also_scored = before | frozenset(names)
+        try:
+            yield
+        finally:
+            self._also_scored = before
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[Memory]:
+        """Take down within a context what models are asked about a micro-batch."""
+        before = self._memory
+        self._memory = Memory(before)
+        try:
+            yield self._memory
+        finally:
+            self._memory = before
 
     def score_window(
         self, batch: Batch, *, model: str | None = None, also: Iterable[str] = (), temperature: float = 1.0
@@ -325,7 +352,7 @@ class Run:
 
     def values(self, batch: Batch, *, model: str | None = None) -> Tensor:
         """Return the value (targets,) at the position that predicts each target, by a head of one value a token."""
-        return self.scorers[model].values(self._forward(model, batch), batch)
+        return self._asked(batch, lambda: self.scorers[model].values(self._forward(model, batch), batch))
 
     def values_window(self, batch: Batch, *, model: str | None = None) -> Tensor:
         """Return a whole window's values (targets,), as `score_window` scores it. All ranks must call it together."""
@@ -336,7 +363,8 @@ class Run:
 
     def map_logits(self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = ()) -> Tensor:
         """Apply `fn(logits, *columns)` to the logits at target positions, with the exact gradient."""
-        return self.scorers[None].map_logits(self._forward(None, batch), batch, fn, columns)
+        scorer, forward = self.scorers[None], self._forward(None, batch)
+        return self._asked(batch, lambda: scorer.map_logits(forward, batch, fn, columns))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None = None
@@ -380,6 +408,13 @@ class Run:
     def generator(self, purpose: str) -> torch.Generator:
         """Return this purpose's own random generator, which checkpoints keep."""
         return self.randomness.generator(purpose)
+
+    def encode(self, data: Any, row_types: Sequence[str]) -> Dataset:
+        """Read rows of these types, and encode them as the run's own are."""
+        from llmtk.data import read_rows
+        from llmtk.training import defaults
+
+        return defaults.encode_rows(self, read_rows(data, row_types, self.config.data))
 
     def draw(self, rows: int) -> list[Row]:
         """Take this rank's share of `rows` more rows of the training data. All ranks must call it together."""
@@ -486,16 +521,21 @@ class Run:
         line = {"step": self.state.step, "epoch": round(self.order.epochs, 6), **values}
         if self.backend.is_main:
             self.records.write("metrics", line)
-        if self.config.train.report_to:
-            self.backend.accelerator.log(dict(values), step=self.state.step)
+        self._track(values)
 
-    def record_timings(self, values: Mapping[str, float]) -> None:
-        """Write a line of timings, and print the line of metrics that belongs to it."""
+    def record_timings(self, values: Mapping[str, float], extra: Mapping[str, float]) -> None:
+        """Write a line of timings, to the file and the trackers, and print the line of metrics that belongs to it."""
         speed = self._speed.tokens_per_second
+        timings = {**self._speed.take(), **extra}
         if self.backend.is_main:
-            self.records.write("timings", {"step": self.state.step, **self._speed.take()})
+            self.records.write("timings", {"step": self.state.step, **timings})
+        self._track({name: value for name, value in timings.items() if name != "time" and value is not None})
         line = {"step": self.state.step, "epoch": self.order.epochs, **values}
         self.console.log(line, self.plan.max_steps, speed)
+
+    def _track(self, values: Mapping[str, float]) -> None:
+        if self.config.train.report_to:
+            self.backend.accelerator.log(dict(values), step=self.state.step)
 
     def log_samples(self, samples: Sequence[Mapping[str, Any]], steps: int = 1) -> None:
         """Write samples, and show them, if a line of the log is due within the next steps."""
@@ -627,6 +667,9 @@ class Run:
             return {"figure": self.demo.measure(self)} | {name: fn(self) for name, fn in self.demo.also.items()}
 
     # Small things
+
+    def _asked(self, batch: Batch, compute: Callable[[], Told]) -> Told:
+        return compute() if self._memory is None else self._memory.asked(batch, compute)
 
     def _over_window(
         self, batch: Batch, model: str | None, fn: Callable[[Batch], Answer]

@@ -50,6 +50,7 @@ CALLS: dict[str, tuple[Callable[[Hooks], Any], tuple[Any, ...], Any]] = {
     "around_prepare_batch": (lambda h: h.prepare_batch([]), ([],), Round([])),
     "around_compute_loss": (lambda h: h.compute_loss(BATCH), (BATCH,), loss(4.0)),
     "extra_metrics": (lambda h: h.extra_metrics(BATCH), (BATCH,), {"a": Mean(1, 2)}),
+    "extra_timings": (lambda h: h.extra_timings("step"), ("step",), {"a": 1.5}),
     "extra_checkpoint_state": (lambda h: h.extra_checkpoint_state(), (), {"a": 1}),
     "restore_checkpoint_state": (lambda h: h.restore_checkpoint_state({"toy": {"a": 1}}), ({"a": 1},), None),
     "extra_run_info": (lambda h: h.extra_run_info(), (), {"a": 1}),
@@ -91,6 +92,8 @@ def test_the_stage_answers_every_hook_without_a_decorator(hook: str) -> None:
     assert calls[0][: 1 + len(given)] == (RUN, *given)
     if hook == "should_stop":
         assert answered == "toy"
+    elif hook == "extra_timings":
+        assert answered == {"toy/a": 1.5}
     else:
         assert answered == ({"toy": answer} if hook in KEPT_BY_NAME else answer)
 

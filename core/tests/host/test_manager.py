@@ -403,6 +403,7 @@ def test_an_order_that_is_forgotten() -> None:
         ("build_data", lambda h: h.build_data(), "Data"),
         ("parameter_groups", lambda h: h.parameter_groups(), "list"),
         ("extra_metrics", lambda h: h.extra_metrics(BATCH), "Mapping"),
+        ("extra_timings", lambda h: h.extra_timings("step"), "Mapping"),
         ("extra_checkpoint_state", lambda h: h.extra_checkpoint_state(), "Mapping"),
         ("extra_run_info", lambda h: h.extra_run_info(), "Mapping"),
     ],
@@ -426,6 +427,18 @@ def test_metrics_that_are_no_means() -> None:
         "The plugin 'other': extra_metrics returned a float as 'entropy'",
         "Mean(sum, count)",
         extra_metrics=hookimpl(extra_metrics),
+    )
+
+
+def test_timings_that_are_no_numbers() -> None:
+    def extra_timings(self):
+        return {"speed": "fast"}
+
+    told_while_running(
+        lambda hooks: hooks.extra_timings("step"),
+        "The plugin 'other': extra_timings returned a str as 'speed'",
+        "Return numbers",
+        extra_timings=hookimpl(extra_timings),
     )
 
 

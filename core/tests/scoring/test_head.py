@@ -19,7 +19,7 @@ from llmtk.scoring.proof import why_not_packed
 from .kit import build, shared
 
 TARGETS, WIDTH, VOCABULARY = 37, 24, 211
-ALSO = ("entropy", "vocab_mean", "square_sum", "top1")
+ALSO = ("entropy", "vocab_mean", "square_sum", "top1", "logsumexp")
 SHAPES = [HeadShape(), HeadShape(scale=0.4), HeadShape(cap=2.5), HeadShape(scale=1.7, cap=1.5)]
 
 
@@ -30,7 +30,7 @@ def inputs(bias: bool, dtype: torch.dtype = torch.float32):
     for parameter in linear.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator).mul(0.5).to(dtype)
     targets = torch.randint(0, VOCABULARY, (TARGETS,), generator=generator)
-    upstream = torch.randn(3, TARGETS, generator=generator)
+    upstream = torch.randn(4, TARGETS, generator=generator)
     return hidden, linear, targets, upstream
 
 
@@ -41,8 +41,9 @@ def exact(hidden, linear, targets, upstream, shape):
     logits = logits * shape.scale
     if shape.cap:
         logits = shape.cap * torch.tanh(logits / shape.cap)
-    logps = logits - logits.logsumexp(-1, keepdim=True)
-    values = torch.stack([logps[range(TARGETS), targets], -(logps.exp() * logps).sum(-1), logps.mean(-1)])
+    lse = logits.logsumexp(-1)
+    logps = logits - lse[:, None]
+    values = torch.stack([logps[range(TARGETS), targets], -(logps.exp() * logps).sum(-1), logps.mean(-1), lse])
     (values * upstream).sum().backward()
     squares = logps.detach().exp().square().sum(-1)
     return values.detach(), [leaf.grad for leaf in leaves], (logits.argmax(-1) == targets, squares)
@@ -50,7 +51,7 @@ def exact(hidden, linear, targets, upstream, shape):
 
 def fused(hidden, linear, targets, upstream, shape, also=ALSO):
     found = head_scores(hidden, linear, targets, shape, frozenset(also))
-    asked = [(found.logps, upstream[0]), (found.entropy, upstream[1]), (found.vocab_mean, upstream[2])]
+    asked = zip((found.logps, found.entropy, found.vocab_mean, found.logsumexp), upstream, strict=True)
     sum((value * weight).sum() for value, weight in asked if value is not None).backward()
     return found, [leaf.grad for leaf in (hidden, *linear.parameters())]
 
@@ -62,12 +63,12 @@ def assert_near(found, expected, relative=1e-5):
 @pytest.mark.parametrize("tile", [2**30, 37 * 64, 37 * 7, 1], ids=["one tile", "4 tiles", "31 tiles", "a word a tile"])
 @pytest.mark.parametrize(("shape", "bias"), list(product(SHAPES, [False, True])))
 def test_values_and_gradients_are_the_closed_forms(shape, bias, tile, monkeypatch):
-    """With gradients into log-prob, entropy and the vocabulary's mean at once."""
+    """With gradients into log-prob, entropy, the vocabulary's mean and the sum of exponentials at once."""
     monkeypatch.setattr(head, "TILE_ELEMENTS", tile)
     values, wanted, (likeliest, squares) = exact(*inputs(bias), shape)
     found, gradients = fused(*inputs(bias), shape)
     assert_near(found.square_sum, squares)
-    for value, expected in zip((found.logps, found.entropy, found.vocab_mean), values, strict=True):
+    for value, expected in zip((found.logps, found.entropy, found.vocab_mean, found.logsumexp), values, strict=True):
         assert value.dtype == torch.float32
         assert_near(value.detach(), expected)
     assert torch.equal(found.top1, likeliest)
@@ -76,12 +77,15 @@ def test_values_and_gradients_are_the_closed_forms(shape, bias, tile, monkeypatc
         assert_near(gradient, expected)
 
 
-@pytest.mark.parametrize("also", [(), ("entropy",), ("vocab_mean",), ("top1",), ("entropy", "vocab_mean")])
+@pytest.mark.parametrize(
+    "also", [(), ("entropy",), ("vocab_mean",), ("top1",), ("logsumexp",), ("entropy", "vocab_mean")]
+)
 def test_what_is_asked_for_alone_is_the_same(also, monkeypatch):
     monkeypatch.setattr(head, "TILE_ELEMENTS", 37 * 50)
     shape = SHAPES[3]
     hidden, linear, targets, upstream = inputs(True)
-    upstream = upstream * torch.tensor([1.0, "entropy" in also, "vocab_mean" in also])[:, None]
+    asked = [True, *(name in also for name in ("entropy", "vocab_mean", "logsumexp"))]
+    upstream = upstream * torch.tensor(asked)[:, None]
     values, wanted, _ = exact(hidden, linear, targets, upstream, shape)
     found, gradients = fused(hidden, linear, targets, upstream, shape, also)
     assert_near(found.logps.detach(), values[0])
@@ -126,7 +130,7 @@ def test_entropy_of_confident_predictions_does_not_cancel(factor, tile, monkeypa
     hidden = (hidden * factor).detach().requires_grad_()
     values, wanted, _ = exact(hidden, linear, targets, upstream, HeadShape())
     found, gradients = fused(hidden, linear, targets, upstream, HeadShape())
-    for value, expected in zip((found.logps, found.entropy, found.vocab_mean), values, strict=True):
+    for value, expected in zip((found.logps, found.entropy, found.vocab_mean), values[:3], strict=True):
         assert_near(value.detach(), expected)
     for gradient, expected in zip(gradients, wanted, strict=True):
         assert_near(gradient, expected)
@@ -136,7 +140,8 @@ def test_extreme_logits_are_finite():
     hidden, linear, targets, upstream = inputs(False)
     found, gradients = fused((hidden * 300).detach().requires_grad_(), linear, targets, upstream, HeadShape())
     assert found.logps.min() < -1000
-    assert all(torch.isfinite(value).all() for value in (found.logps, found.entropy, found.vocab_mean, gradients[1]))
+    values = (found.logps, found.entropy, found.vocab_mean, found.logsumexp, gradients[1])
+    assert all(torch.isfinite(value).all() for value in values)
 
 
 def test_bfloat16_products_have_float32_sums():

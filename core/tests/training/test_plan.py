@@ -167,6 +167,34 @@ def test_the_command_gives_json(words, capsys):
     assert plan["memory"]["total"] == sum(size for name, size in plan["memory"].items() if name != "total")
 
 
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Two distributions, of a plugin each."""
+    site = tmp_path / "site"
+    for name in ("early", "late"):
+        folder = site / f"acme_{name}-2.{len(name)}.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: acme-{name}\nVersion: 2.{len(name)}\n")
+        (folder / "entry_points.txt").write_text(f"[llmtk.plugins]\n{name} = acme_{name}:Plugin\n")
+        (site / f"acme_{name}.py").write_text(
+            "from llmtk import hookimpl\nclass Plugin:\n    @hookimpl\n    def run_started(self, run): ...\n"
+        )
+    monkeypatch.syspath_prepend(site)
+
+
+def test_who_acts_and_from_where_stands_in_the_plan_and_in_the_runs_facts(tmp_path, words, installed, capsys):
+    words += ["plugins.late={}", "plugins.early={}"]
+    assert call(["plan", *words, "--json"]) == 0
+    acting = [tuple(entry) for entry in json.loads(capsys.readouterr().out)["plugins"]]
+    assert acting == [("pt", "llmtk-stage-pt 0.1.0"), ("late", "acme-late 2.4"), ("early", "acme-early 2.5")]
+
+    assert call(["run", *words]) == 0
+    out = capsys.readouterr().out
+    assert "stage      pt (llmtk-stage-pt 0.1.0): " in out
+    assert "plugins    late (acme-late 2.4), early (acme-early 2.5); after the stage, in this order; the last " in out
+    assert [tuple(entry) for entry in json.loads((tmp_path / "run" / "run.json").read_text())["plugins"]] == acting
+
+
 def test_the_command_refuses_what_a_run_would(words, capsys):
     assert call(["plan", *words, "train.optim=lomo"]) == 2
     assert "train.optim: lomo cannot be used" in capsys.readouterr().err

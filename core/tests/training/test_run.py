@@ -136,7 +136,15 @@ def test_label_smoothing_is_torchs(tmp_path):
 def test_what_goes_to_a_tracker_is_what_is_logged(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = make(tmp_path / "run", eval=EVAL, report_to=["tensorboard"], run_name="trial", logging_steps=1)
+    class Weather:
+        name = "weather"
+
+        @hookimpl
+        def extra_timings(self, run, step):
+            return {"celsius": 20.5 + step.step}
+
+    keys = {"report_to": ["tensorboard"], "run_name": "trial", "logging_steps": 1}
+    run = make(tmp_path / "run", eval=EVAL, plugins=[Weather()], **keys)
     run.train()
     (file,) = (path for path in run.output_dir.rglob("events.out.tfevents*"))
     events = EventAccumulator(str(file))
@@ -144,6 +152,11 @@ def test_what_goes_to_a_tracker_is_what_is_logged(tmp_path):
     for key in ("loss", "eval_loss", "learning_rate"):
         found = [(event.step, event.value) for event in events.Scalars(key)]
         assert found == [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in lines(run) if key in line]
+    for key in ("weather/celsius", "tokens_per_second"):
+        found = [(event.step, event.value) for event in events.Scalars(key)]
+        assert found == [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in lines(run, "timings")]
+    assert lines(run, "timings")[1]["weather/celsius"] == 22.5
+    assert not series(run, "weather/celsius")
 
 
 def test_an_unknown_tracker_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from llmtk.scoring import Scorer, choose, kept
 
 from .kit import GPT2, Lm, assert_same_run, group_of, make
 
-ALSO = ("entropy", "vocab_mean", "top1")
+ALSO = ("entropy", "vocab_mean", "top1", "logsumexp")
 
 
 @pytest.fixture
@@ -82,12 +82,14 @@ def naive_logits(model, batch: Batch) -> torch.Tensor:
 
 
 def test_scores_are_those_of_each_sequence_alone_in_float64(scorer, either, plain, batch):
-    logps = naive_logits(plain, batch).log_softmax(-1)
+    logits = naive_logits(plain, batch)
+    logps = logits.log_softmax(-1)
     scores = scorer.score(either, batch, ALSO)
     close = {"rtol": 0, "atol": 1e-5}
     torch.testing.assert_close(scores.logps.double(), logps.gather(1, batch.target_tokens[:, None])[:, 0], **close)
     torch.testing.assert_close(scores.entropy.double(), -(logps.exp() * logps).sum(-1), **close)
     torch.testing.assert_close(scores.vocab_mean.double(), logps.mean(-1), **close)
+    torch.testing.assert_close(scores.logsumexp.double(), logits.logsumexp(-1), **close)
     assert torch.equal(scores.top1, logps.argmax(-1) == batch.target_tokens)
     alone = scorer.score(either, batch).logps  # without the table of all log-probs
     torch.testing.assert_close(alone, scores.logps, rtol=0, atol=1e-6)
@@ -290,3 +292,17 @@ def test_a_run_that_keeps_less_is_the_same_to_the_bit(tmp_path, monkeypatch, che
     monkeypatch.setattr(kept, "_made_again", lambda *given: asked.append(made_again(*given)) or asked[-1])
     assert_same_run(trained("less"), usual)
     assert any(asked)
+
+
+def test_a_plugin_may_ask_for_more_of_the_policys_scores_than_the_stage_does(tmp_path):
+    run = make(tmp_path / "run")
+    run.prepare()
+    batch = run.hooks.prepare_batch([run.train_rows[0]]).windows[0]
+    with run.scoring_also("entropy"):
+        with run.scoring_also("logsumexp"):
+            both = run.hooks.compute_loss(batch).scores
+        one = run.hooks.compute_loss(batch).scores
+    none = run.hooks.compute_loss(batch).scores
+    given = [[scores.entropy is not None, scores.logsumexp is not None] for scores in (both, one, none)]
+    assert given == [[True, True], [True, False], [False, False]]
+    assert torch.equal(both.logps, none.logps)

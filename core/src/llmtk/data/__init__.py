@@ -6,7 +6,7 @@ Reading needs no tokenizer, so that every bad row is known before a model is loa
 from llmtk.data.encoders import EncodingReport
 from llmtk.data.encoding import encode
 from llmtk.data.reading import Splits, read_rows, read_splits, refuse_rows
-from llmtk.data.rows import Dialogue, Labelled, Pair, Prompt, PromptCompletion, Row, Text
+from llmtk.data.rows import Dialogue, Labelled, Pair, Prompt, PromptCompletion, Row, Text, source_of
 from llmtk.data.templates import chat_template
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "read_rows",
     "read_splits",
     "refuse_rows",
+    "source_of",
 ]

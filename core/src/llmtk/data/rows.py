@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
@@ -41,6 +42,14 @@ class Row:
     def texts(self) -> list[str]:
         """Return the row's texts, for a tokenizer to be trained on."""
         raise NotImplementedError
+
+
+_NUMBER = re.compile(r"(: row |:)\d+$")
+
+
+def source_of(place: str) -> str:
+    """Return the source that a row's place names: ``data.jsonl`` of ``data.jsonl:12``. Empty where it names none."""
+    return _NUMBER.sub("", place) if _NUMBER.search(place) else ""
 
 
 @dataclass(frozen=True)

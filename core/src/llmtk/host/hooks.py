@@ -76,6 +76,11 @@ class Hooks:
             metrics |= answer
         return metrics
 
+    def extra_timings(self, step: StepReport) -> dict[str, float]:
+        """Gather figures for a line of timings, named by their plugins."""
+        answers = self._collect("extra_timings", step=step)
+        return {f"{plugin}/{name}": value for plugin, answer in answers for name, value in answer.items()}
+
     def extra_checkpoint_state(self) -> dict[str, Mapping[str, Any]]:
         """Gather state to save, by plugin name."""
         return dict(self._collect("extra_checkpoint_state"))

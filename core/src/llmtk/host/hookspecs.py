@@ -81,6 +81,13 @@ class CollectedHooks:
         """Return metrics of the window that has just been trained on; the core reduces them over ranks and steps."""
 
     @hookspec
+    def extra_timings(self, run: RunView, step: StepReport) -> Mapping[str, float]:
+        """Return figures that no second run would give again (speed, memory) when a line of timings is due.
+
+        All ranks are asked, and may gather; what the main one answers is written to timings.jsonl, as PLUGIN/NAME.
+        """
+
+    @hookspec
     def extra_checkpoint_state(self, run: RunView) -> Mapping[str, Any]:
         """Return state to save: tensors and JSON values by name."""
 

@@ -130,6 +130,7 @@ def _answers() -> dict[str, Answer]:
         "around_prepare_batch": Round,
         "around_compute_loss": LossOutput,
         "extra_metrics": Mapping,
+        "extra_timings": Mapping,
         "extra_checkpoint_state": Mapping,
         "extra_run_info": Mapping,
     }
@@ -184,6 +185,8 @@ class _Guard:
             )
         elif self.hook == "extra_metrics":
             self._check_metrics(answer)
+        elif self.hook == "extra_timings":
+            self._check_numbers(answer)
         return answer
 
     def _check_metrics(self, metrics: Any) -> None:
@@ -194,6 +197,13 @@ class _Guard:
                 raise PluginError(
                     f"{self.subject}: extra_metrics returned a {type(metric).__name__} as {name!r}. "
                     f"Return Mean(sum, count), so that means over ranks and steps are exact."
+                )
+
+    def _check_numbers(self, figures: Any) -> None:
+        for name, figure in figures.items():
+            if not isinstance(figure, int | float):
+                raise PluginError(
+                    f"{self.subject}: extra_timings returned a {type(figure).__name__} as {name!r}. Return numbers."
                 )
 
 

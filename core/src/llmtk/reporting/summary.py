@@ -22,14 +22,15 @@ def say_plan(run: Run, checkpoint: Path | None) -> None:
 def plan_lines(run: Run) -> list[str]:
     """Return what a run that is set up would do, in words."""
     plan, scorer = run.plan, run.scorers[None]
-    plugins = [name for name, _ in run.manager.list_name_plugin()][1:]
+    (_, origin), *others = plan.plugins
+    plugins = ", ".join(f"{name} ({source})" for name, source in others)
     share = f"{plan.trainable_parameters:,} ({plan.trainable_parameters / plan.total_parameters:.1%}) of them trained"
     rows = f"{plan.train_rows:,} rows" if plan.train_rows else "a stream of rows"
     test = "" if run.test_rows is None else f", {len(run.test_rows):,} to test"
     demo = ["No model and no data given: this is a demo on the built-in model and the stage's own data."]
     return [
         *(demo if run.demo else []),
-        f"stage      {plan.stage}: {run.stage.summary}",
+        f"stage      {plan.stage} ({origin}): {run.stage.summary}",
         f"model      {model_name(run)}, {plan.total_parameters:,} parameters, {share}",
         f"data       {rows} to train on, {plan.eval_rows:,} to evaluate{test}",
         *_steps(run),
@@ -37,7 +38,7 @@ def plan_lines(run: Run) -> list[str]:
         f"compute    {plan.precision} on {plan.device}",
         "scoring    packed, proven on this model" if scorer.packed else f"scoring    padded: {scorer.why_padded}",
         *(["compiled   the layers, proven on this model"] if run.compiled else []),
-        *([f"plugins    {', '.join(plugins)} (the last is outermost)"] if plugins else []),
+        *([f"plugins    {plugins}; after the stage, in this order; the last is outermost"] if plugins else []),
     ]
 
 

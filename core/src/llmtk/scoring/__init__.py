@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmtk.errors import PluginError
+from llmtk.scoring.memory import Memory
 from llmtk.scoring.scores import ALSO, Scores
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from llmtk.batch import Batch
 
-__all__ = ["ALSO", "Scorer", "Scores", "choose", "prepare"]
+__all__ = ["ALSO", "Memory", "Scorer", "Scores", "choose", "prepare"]
 
 Root = Callable[..., Any]
 

@@ -34,13 +34,14 @@ class HeadShape:
 @dataclass(frozen=True)
 class HeadScores:
     """Per target (targets,), float32: log-prob; if asked for entropy, mean log-prob over the vocabulary, the sum of
-    squared probabilities (no gradient) and top-1."""
+    squared probabilities (no gradient), top-1 and the logarithm of the sum of the logits' exponentials."""
 
     logps: Tensor
     entropy: Tensor | None = None
     vocab_mean: Tensor | None = None
     square_sum: Tensor | None = None
     top1: Tensor | None = None
+    logsumexp: Tensor | None = None
 
 
 def head_scores(
@@ -52,7 +53,7 @@ def head_scores(
         hidden = hidden.to(torch.get_autocast_dtype(device))
     fused: Any = _FusedHead.apply
     logps, *extras = fused(hidden, head.weight, head.bias, targets, shape, also)
-    names = ("entropy", "vocab_mean", "square_sum", "top1")
+    names = ("entropy", "vocab_mean", "square_sum", "top1", "logsumexp")
     return HeadScores(logps, **{name: value for name, value in zip(names, extras, strict=True) if name in also})
 
 
@@ -91,12 +92,12 @@ class _FusedHead(torch.autograd.Function):
         ctx.shape, ctx.also = shape, also
         top1 = likeliest == targets
         ctx.mark_non_differentiable(squares, top1)
-        return chosen - lse, entropy, total / vocabulary - lse, squares, top1
+        return chosen - lse, entropy, total / vocabulary - lse, squares, top1, lse
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
-        d_logps, d_entropy, d_mean = gradients[:3]
+        d_logps, d_entropy, d_mean, _, _, d_lse = gradients
         if d_logps is None:
             d_logps = torch.zeros_like(lse)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -104,6 +105,8 @@ class _FusedHead(torch.autograd.Function):
         d_weight = torch.empty_like(weight) if wants_weight else None
         d_bias = torch.empty_like(bias) if bias is not None and wants_bias else None
         d_probability = -(d_logps if d_mean is None else d_logps + d_mean)
+        if d_lse is not None:
+            d_probability += d_lse
         for start, stop in _tiles(len(hidden), len(weight)):
             logits = _logits(hidden, weight, bias, start, stop, ctx.shape)
             log_probability = logits - lse[:, None]

@@ -40,6 +40,8 @@ def score(root: Forward, batch: Batch, also: Iterable[str] = (), temperature: fl
             extras["square_sum"] = (2 * all_logps.detach()).exp().sum(-1)
     else:
         logps = -F.cross_entropy(logits, targets, reduction="none")
+    if "logsumexp" in wanted:
+        extras["logsumexp"] = logits.logsumexp(-1)
     if "top1" in wanted:
         extras["top1"] = logits.detach().argmax(-1) == targets
     if "values" in wanted:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from llmtk.batch import Batch
 
-ALSO = ("entropy", "vocab_mean", "square_sum", "top1", "values")
+ALSO = ("entropy", "vocab_mean", "square_sum", "top1", "logsumexp", "values")
 """What can be asked for beside log-probs, from the same pass."""
 
 
@@ -31,8 +31,8 @@ class Scores:
 
     `logps` (targets,). On request, also (targets,): `entropy` of the predicted distribution in nats; `vocab_mean`, the
     mean log-prob over the vocabulary (label smoothing); `square_sum`, the sum of the squared probabilities, without
-    gradient; `top1`, whether the target was the likeliest token; `values`, those of a head of one value that stands
-    beside the language model's own, as `run.values` gives them.
+    gradient; `top1`, whether the target was the likeliest token; `logsumexp`, of the logits: what normalises them;
+    `values`, those of a head of one value that stands beside the language model's own, as `run.values` gives them.
     """
 
     batch: Batch
@@ -41,6 +41,7 @@ class Scores:
     vocab_mean: Tensor | None = None
     square_sum: Tensor | None = None
     top1: Tensor | None = None
+    logsumexp: Tensor | None = None
     values: Tensor | None = None
 
     def sum(self) -> Tensor:

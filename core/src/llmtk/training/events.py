@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ class Plan:
     """What the run is going to do."""
 
     stage: str
+    plugins: Sequence[tuple[str, str]]
+    """What acts, by name, and the distribution and version that each is from: the stage first, then the plugins as they
+    were named. Hooks are asked in this order; around a hook of the stage, the last is outermost."""
     max_steps: int
     steps_per_epoch: int
     train_rows: int

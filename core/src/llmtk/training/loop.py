@@ -151,7 +151,7 @@ def _log(run: Run, report: StepReport) -> None:
         values["skipped_steps"] = state.skipped
     state.tally = Tally()
     run.record(values)
-    run.record_timings(values)
+    run.record_timings(values, run.hooks.extra_timings(report))
 
 
 def _evaluation_is_due(run: Run) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmtk.host.manager import plugin_versions
 from llmtk.training import optimizers
 from llmtk.training.events import Plan
 from llmtk.training.micro_batches import cut_sizes
@@ -29,6 +30,7 @@ def make_plan(run: Run) -> Plan:
     compute_dtype = str(run.backend.compute_dtype).removeprefix("torch.")
     return Plan(
         stage=run.stage_name,
+        plugins=plugin_versions(run.manager),
         max_steps=steps,
         steps_per_epoch=per_epoch,
         train_rows=len(run.train_rows),
