@@ -165,7 +165,8 @@ def test_a_page_is_followed_from_an_idea_to_what_is_installed(page: str, tmp_pat
         metrics = json.loads((home / "runs" / "installed" / "results.json").read_text())["metrics"]
         assert metrics["figure_after"] > metrics["figure_before"]
     else:
-        assert "flooding" in json.loads((home / "runs" / "flooded" / "run.json").read_text())["plugins"]
+        plugins = json.loads((home / "runs" / "flooded" / "run.json").read_text())["plugins"]
+        assert ["flooding", "llmtk-plugin-flooding 0.1.0"] in plugins
 
 
 def script(page: str) -> str:
