@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 PROJECTS := $(patsubst %/pyproject.toml,%,$(wildcard core/pyproject.toml plugins/*/pyproject.toml stages_*/*/pyproject.toml))
 USED := core stages_sft/pt stages_sft/sft
+STAGES := $(notdir $(patsubst %/pyproject.toml,%,$(filter-out %/base/pyproject.toml,$(wildcard stages_*/*/pyproject.toml))))
 SOURCES := core/src $(wildcard plugins/*/llmtk_* stages_*/*/llmtk_*)
 TOOLS := build fastapi hatchling hypothesis math-verify mypy openai pytest pytest-xdist ruff tensorboard types-PyYAML uvicorn
 
@@ -18,7 +19,7 @@ help:
 	@echo "make test-slow  run the slow tests"
 	@echo "make lint       check style and types"
 	@echo "make docs       build the documentation's site into build/site"
-	@echo "make conform    check that every stage keeps the contract"
+	@echo "make conform    check that every stage keeps the contract, and follow the pages that write one"
 	@echo "make bench      run the benchmarks, which takes half an hour or more"
 	@echo "make parity     compare with other implementations"
 	@echo "make wheels     build every distribution into dist/"
@@ -41,9 +42,14 @@ lint: $(VENV)/.developed
 docs: $(VENV)/.documented
 	$(BIN)/mkdocs build --quiet
 
+# Two stages at a time, of which each that fails is told in full; their demos are tested beside them. Then the pages that
+# write a stage and a plugin are followed, each to what is installed from a wheel.
 conform: $(VENV)/.developed
-	@for stage in $(notdir $(patsubst %/pyproject.toml,%,$(filter-out %/base/pyproject.toml,$(wildcard stages_*/*/pyproject.toml)))); do \
-	  OMP_NUM_THREADS=1 $(BIN)/llmtk check $$stage --no-demo || exit 1; done
+	@mkdir -p build/conform
+	@printf '%s\n' $(STAGES) | OMP_NUM_THREADS=1 xargs -P 2 -I NAME sh -c \
+	  '$(BIN)/llmtk check NAME --no-demo > build/conform/NAME.txt 2>&1 && tail -n 1 build/conform/NAME.txt || \
+	   { cat build/conform/NAME.txt; exit 1; }'
+	$(BIN)/python -m pytest -q -m slow -k page tests/test_wheels.py
 
 bench: $(VENV)/.developed
 	$(BIN)/python tests/benchmarks/startup.py

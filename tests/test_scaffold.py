@@ -110,6 +110,16 @@ def test_names_that_cannot_be(name: str, said: str) -> None:
     assert said in str(caught.value)
 
 
+def test_a_description_stands_where_people_look(tmp_path: Path) -> None:
+    write(new("stage", "mine", description="Learns it all."), tmp_path)
+    assert project(tmp_path)["description"] == "Learns it all"
+    assert "\nLearns it all.\n" in (tmp_path / "README.md").read_text()
+    assert 'summary = "Learns it all"' in (tmp_path / "llmtk_stage_mine.py").read_text()
+    for wrong in ("", "two\nlines", 'a "quoted" word'):
+        with pytest.raises(ConfigurationError, match="is no description: one line of text"):
+            new("stage", "mine", description=wrong)
+
+
 def test_the_command_says_what_to_do_next_and_writes_over_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

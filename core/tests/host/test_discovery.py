@@ -251,6 +251,20 @@ def test_a_missing_attribute_is_named(install: Install) -> None:
     refused(lambda: discovery.get_stage("toy"), "'toy_module:Tory'", "toy_module has no 'Tory'", "a 1.0")
 
 
+def test_a_missing_module_is_told_from_one_that_needs_what_is_missing(install: Install) -> None:
+    install("a", "toy", value="toy_absent:Toy")
+    refused(lambda: discovery.get_stage("toy"), "'toy_absent:Toy', but there is no module 'toy_absent'", "entry points")
+
+
+def test_an_author_is_sent_to_the_source(install: Install) -> None:
+    folder = install("a", "toy", value="toy_module:Toy", module="def broken(:")
+    (folder / "direct_url.json").write_text('{"url": "file:///home/me/my%20stage", "dir_info": {"editable": true}}')
+    refused(lambda: discovery.get_stage("toy"), "installed from its source, /home/me/my stage: mend it there")
+    (folder / "entry_points.txt").write_text("[llmtk.stages]\ntoy = toy_other:Toy\n")
+    discovery._scan_as_of.cache_clear()
+    refused(lambda: discovery.get_stage("toy"), "/home/me/my stage/pyproject.toml", "pip install -e /home/me/my stage")
+
+
 def test_an_entry_point_without_an_attribute_is_refused(install: Install) -> None:
     install("a", "toy", value="toy_module")
     refused(lambda: discovery.get_stage("toy"), "'toy_module'", "module:attribute")

@@ -22,7 +22,7 @@ def command(stage: str, only: tuple[str, ...], no_demo: bool) -> int:
     find("llmtk.stages", stage)
     wanted = list(only) or [name for name in CHECKS if not (no_demo and name == "demo")]
     console = Console(highlight=False)
-    failed = 0
+    failed, made = [], 0
     styles = {Verdict.PASSED: "green", Verdict.FAILED: "bold red", Verdict.SKIPPED: "dim"}
     for one in outcomes(stage, wanted):
         told = f"[{styles[one.verdict]}]{one.verdict.value:8}[/]"
@@ -30,6 +30,12 @@ def command(stage: str, only: tuple[str, ...], no_demo: bool) -> int:
         for label, text in (("", one.message), ("Mend: ", one.mend)):
             if text:
                 console.print(f"{label}{text}", markup=False, style="" if label else "yellow", soft_wrap=True)
-        failed += one.verdict is Verdict.FAILED
-    console.print(f"{stage}: {len(wanted) - failed} of {len(wanted)} checks passed" if failed else f"{stage} conforms")
-    return 1 if failed else 0
+        failed += [one.check] * (one.verdict is Verdict.FAILED)
+        made += 1
+    if not failed:
+        console.print(f"{stage} conforms")
+        return 0
+    console.print(f"{stage}: {len(failed)} of {made} checks failed: {', '.join(failed)}", soft_wrap=True)
+    if made < len(wanted):
+        console.print("The others need a stage that can be loaded")
+    return 1

@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+from llmtk.config.sections import Section
 from llmtk.contract import API, Stage
 from llmtk.errors import PluginError
 from llmtk.host.hookspecs import HOOKS, PROJECT, SPECS, STAGE_HOOKS
@@ -39,6 +40,8 @@ def check_stage(cls: object, subject: str, distribution: str = "") -> type[Stage
     if not isinstance(cls, type) or not issubclass(cls, Stage):
         raise PluginError(f"The {subject} is not a subclass of llmtk.Stage but {_shown(cls)}. Subclass it.")
     _check_api(cls, subject, distribution)
+    if not isinstance(cls.Options, type) or not issubclass(cls.Options, Section):
+        raise PluginError(f"The {subject} has Options that are no section. Write class Options(llmtk.Section).")
     for name, attribute in _attributes(cls):
         if name in HOOKS:
             _check_stage_hook(name, attribute, subject)
@@ -47,7 +50,10 @@ def check_stage(cls: object, subject: str, distribution: str = "") -> type[Stage
             _check_declaration(name, subject)
     for name in ("prepare_batch", "compute_loss"):
         if inspect.getattr_static(cls, name) is vars(Stage)[name]:
-            raise PluginError(f"The {subject} does not override {name}, without which nothing can be trained.")
+            raise PluginError(
+                f"The {subject} does not override {name}, without which nothing can be trained. "
+                f"Write def {name}(self, {', '.join(PARAMETERS[name])})."
+            )
     return cls
 
 

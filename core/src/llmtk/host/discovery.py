@@ -106,17 +106,14 @@ def load(offer: Offer) -> object:
     try:
         found: object = import_module(module_name)
     except (Exception, SystemExit) as error:  # a stage may fail in any way, and a module that exits is broken too
+        if isinstance(error, ModuleNotFoundError) and error.name == module_name:
+            raise PluginError(_misnamed(offer, f"there is no module {module_name!r}")) from error
         raise PluginError(
-            f"The {offer} cannot be imported: {module_name} raised {type(error).__name__}: {error}. "
-            f"Mend it: pip install --upgrade --force-reinstall {offer.distribution}, or remove it: "
-            f"pip uninstall {offer.distribution}."
+            f"The {offer} cannot be imported: {module_name} raised {type(error).__name__}: {error}. {_mend(offer)}"
         ) from error
     for attribute in attributes:
         if not hasattr(found, attribute):
-            raise PluginError(
-                f"The {offer} names {offer.value!r}, but {module_name} has no {attribute!r}. The mend is in the "
-                f"entry points of {offer.distribution}: pip install --upgrade {offer.distribution}."
-            )
+            raise PluginError(_misnamed(offer, f"{module_name} has no {attribute!r}"))
         found = getattr(found, attribute)
     return found
 
@@ -341,9 +338,41 @@ def _unknown(group: str, name: str) -> str:
     if group in _DISTRIBUTIONS:
         package = f"{_DISTRIBUTIONS[group]}{name}"
         parts.append(f"One that is published under the usual name is installed by: pip install {package}")
+        parts.append("One of your own by: pip install -e FOLDER, anew when its entry points have changed")
     if unreadable := _scan().unreadable:
         parts.append(f"The metadata of these cannot be read; install them anew: {', '.join(unreadable)}")
     return "\n".join(parts)
+
+
+def _misnamed(offer: Offer, why: str) -> str:
+    """Say that an entry point names what is not there, and what to do."""
+    if source := _source(offer):
+        mend = f"Mend the entry points in {source}/pyproject.toml, and install it again: pip install -e {source}."
+    else:
+        mend = f"The mend is in the entry points of {offer.distribution}: pip install --upgrade {offer.distribution}."
+    return f"The {offer} names {offer.value!r}, but {why}. {mend}"
+
+
+def _mend(offer: Offer) -> str:
+    """Say what to do about a distribution that cannot be imported: to its author, or to anybody else."""
+    if source := _source(offer):
+        return f"It is installed from its source, {source}: mend it there."
+    return (
+        f"Mend it: pip install --upgrade --force-reinstall {offer.distribution}, or remove it: "
+        f"pip uninstall {offer.distribution}."
+    )
+
+
+def _source(offer: Offer) -> str:
+    """Return the folder from which a distribution is installed as an editable one; empty for others."""
+    import json
+    from urllib.parse import unquote, urlparse
+
+    try:
+        about = json.loads(metadata.distribution(offer.distribution).read_text("direct_url.json") or "{}")
+        return unquote(urlparse(about["url"]).path) if about["dir_info"]["editable"] else ""
+    except (metadata.PackageNotFoundError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _kind(group: str) -> str:

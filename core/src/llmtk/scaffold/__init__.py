@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
@@ -78,11 +78,11 @@ class New:
         return self.distribution.replace("-", "_")
 
 
-def new(kind: str, name: str, *, start: str | None = None) -> New:
+def new(kind: str, name: str, *, start: str | None = None, description: str | None = None) -> New:
     """Return a distribution of that kind; `start` is an installed stage, whose module it begins with.
 
     Raises:
-        ConfigurationError: A name that cannot be used.
+        ConfigurationError: A name or a description that cannot be used.
         PluginError: `start` is not installed, or broken.
     """
     one = KINDS[kind]
@@ -100,7 +100,18 @@ def new(kind: str, name: str, *, start: str | None = None) -> New:
     class_name = "".join(part.capitalize() for part in name.split("-"))
     needed = [_compatible(distribution, discovery.core_version()) for distribution in one.needs]
     made = New(one, name, one.description, class_name, needed)
-    return made if start is None else _from_stage(made, start)
+    made = made if start is None else _from_stage(made, start)
+    return made if description is None else replace(made, description=_checked(description))
+
+
+def _checked(description: str) -> str:
+    """Return a description that may stand between quotes and before a full stop."""
+    text = description.strip().removesuffix(".")
+    if not text or not text.isprintable() or '"' in text or "\\" in text:
+        raise ConfigurationError(
+            f"{description!r} is no description: one line of text, without double quotes and backslashes"
+        )
+    return text
 
 
 def write(made: New, folder: Path) -> list[Path]:

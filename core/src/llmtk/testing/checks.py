@@ -53,20 +53,31 @@ def listed(trial: Trial) -> None:
         raise Failure(f"listing the stages imports {module}")
 
 
+DECLARED = {
+    "summary": "one line that lists show",
+    "paper": "the arXiv number or the title of where it comes from, or that it is your own",
+}
+"""What a class must say of itself."""
+
+
 @check(
     "declared",
     "its class keeps the contract, and says what it does and where it comes from",
-    "Subclass llmtk.Stage; name hooks as docs/architecture.md does; set `summary` and `paper`; let `Options` subclass "
-    "llmtk.Section and document every option with a string below it.",
+    "Subclass llmtk.Stage and name its methods as the hooks are named; set `summary` and `paper`; let `Options` "
+    "subclass llmtk.Section, and write below each option what it does.",
 )
 def declared(trial: Trial) -> None:
     cls = check_class(trial.stage_class, f"stage {trial.name!r}")
-    for name in ("summary", "paper"):
+    for name, meant in DECLARED.items():
         if not getattr(cls, name):
-            raise Failure(f"it has no `{name}`")
+            raise Failure(f"it has no `{name}`", f'Write into the class: {name} = "...", {meant}.')
     for name, field in cls.Options.model_fields.items():
         if not field.description:
-            raise Failure(f"the option {name} has no description")
+            raise Failure(
+                f"the option {name!r} has no description",
+                f'Write what it does as a string in the line below `{name}`: """What it does.""" It is the help that '
+                f"`llmtk show` gives.",
+            )
 
 
 @check(
@@ -90,7 +101,7 @@ def options(trial: Trial) -> None:
             if heard:
                 break
         if not heard:
-            raise Failure(f"the option {name} is never read, whatever it is set to")
+            raise Failure(f"self.options.{name} is never read, whatever the option is set to")
 
 
 def _read(trial: Trial, given: dict[str, Any]) -> set[str]:
@@ -150,6 +161,12 @@ def _is_valid(options: type[Section], name: str, value: Any) -> bool:
     return True
 
 
+INFINITE = (
+    "Look for a log of 0 or of less, a division by 0, or an exp of something large. Log-probs are 0 or negative, and 0 "
+    "does occur. torch.where does not keep a branch that is not taken out of the gradient: clamp what goes into it."
+)
+
+
 @check(
     "loss",
     "its loss is finite, and its gradient reaches every trained parameter",
@@ -160,15 +177,18 @@ def loss(trial: Trial) -> None:
     run = trial.set_up()
     windows = trial.round_of(run).windows
     if len(windows) != run.stage.windows_per_round:
-        raise Failure(f"its round has {len(windows)} windows; windows_per_round says {run.stage.windows_per_round}")
+        raise Failure(
+            f"prepare_batch made {len(windows)} windows; windows_per_round says {run.stage.windows_per_round}",
+            "Let the property windows_per_round say how many windows each round has: so many optimizer steps it takes.",
+        )
     found = _any_gradient(run, windows)
     if not torch.isfinite(torch.tensor(found.loss)):
-        raise Failure(f"the loss of its own rows is {found.loss}")
+        raise Failure(f"the loss of its own rows is {found.loss}", INFINITE)
     if not bool(torch.isfinite(found.whole).all()):
-        raise Failure("the gradient is not finite")
+        raise Failure("the loss is finite, its gradient is not", INFINITE)
     without = [name for name, part in found.gradient.items() if not part.any()]
     if len(without) == len(found.gradient):
-        raise Failure("the gradient is zero everywhere")
+        raise Failure("the gradient is zero everywhere: whatever the model says, the loss is the same")
     if without:
         raise Failure(f"no gradient reaches {len(without)} of {len(found.gradient)} parameters, such as {without[0]}")
 
@@ -194,11 +214,18 @@ def pure(trial: Trial) -> None:
     with torch.no_grad():
         run.hooks.evaluate_batch(window)
     if drawn := [name for name, state in _global_generators().items() if state != generators[name]]:
-        raise Failure(f"it draws from the global generator of {drawn[0]}")
+        raise Failure(
+            f"compute_loss, evaluate_batch or prepare_batch draws from the global random generator of {drawn[0]}",
+            "Draw in prepare_batch, with generator=run.generator(purpose), and put what was drawn into columns of the "
+            "batch. That generator is kept in checkpoints; the global one is not, and belongs to dropout.",
+        )
     after = window.to_state("")[0]
     changed = [name for name in before if not torch.allclose(after[name], before[name], rtol=0, atol=0, equal_nan=True)]
     if changed:
-        raise Failure(f"compute_loss changes the batch: {', '.join(changed)}")
+        raise Failure(
+            f"compute_loss changes the batch in place: {', '.join(changed)}",
+            "Make a new tensor: x * 2 instead of x.mul_(2) or x *= 2.",
+        )
     if first.loss != second.loss or not torch.equal(first.whole, second.whole):
         raise Failure(f"the same batch gives a loss of {first.loss} and then one of {second.loss}")
     saved = window.to_state("")
@@ -227,8 +254,8 @@ def _measured_elsewhere(trial: Trial, window: Batch) -> Measured:
         return measure(run, window)
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise Failure(
-            f"compute_loss needs what prepare_batch has left somewhere else than in the batch, and which a resumed run "
-            f"has not: {type(error).__name__}: {error}"
+            f"compute_loss needs what prepare_batch has left somewhere else than in the batch, so that a resumed run, "
+            f"which begins with the saved batch, lacks it: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -255,10 +282,13 @@ def metrics(trial: Trial) -> None:
     for how, found in others:
         if found.metrics.keys() != whole.metrics.keys():
             names = sorted(found.metrics.keys() ^ whole.metrics.keys())
-            raise Failure(f"{how}, {names[0]} is among the metrics of one and not of the other")
+            raise Failure(
+                f"with the window {how}, {names[0]} is among the metrics; as a whole it is not, or the other way round",
+                "Answer with the same metrics for every micro-batch. One that it has nothing of is Mean(0.0, 0).",
+            )
         for name, value in whole.metrics.items():
             if name != "loss" and abs(found.metrics[name] - value) > NEAR * max(abs(value), 1e-2):
-                raise Failure(f"{name} is {value:.6g} of the whole window, and {found.metrics[name]:.6g} {how}")
+                raise Failure(f"{name} is {value:.6g} of the window as a whole, and {found.metrics[name]:.6g} {how}")
 
 
 def _cuts(trial: Trial) -> list[tuple[str, Measured]]:
@@ -290,7 +320,7 @@ def packed(trial: Trial) -> None:
     if not run.scorers[None].packed:
         raise NotApplicable("the model is not scored packed here")
     window = trial.round_of(run).windows[0]
-    _compare(measure(run, window), measure(padded, window), "packed", "padded")
+    _compare(measure(run, window), measure(padded, window), "with packed rows", "with padded rows")
 
 
 def _compare(found: Measured, wanted: Measured, how: str, otherwise: str) -> None:
@@ -298,8 +328,8 @@ def _compare(found: Measured, wanted: Measured, how: str, otherwise: str) -> Non
     apart = distance(found.whole, wanted.whole)
     if abs(found.loss - wanted.loss) > NEAR * max(abs(wanted.loss), 1e-3) or apart > NEAR:
         raise Failure(
-            f"{otherwise} the loss is {wanted.loss:.6g}, {how} it is {found.loss:.6g}, and the gradients are "
-            f"{apart:.1e} of their norm apart"
+            f"{otherwise} the loss is {wanted.loss:.6g}, {how} it is {found.loss:.6g}; the gradients differ by "
+            f"{apart:.2g} of their norm"
         )
 
 
@@ -328,10 +358,16 @@ def around(trial: Trial) -> None:
     window = trial.round_of(plain).windows[0]
     one, two = measure(plain, window), measure(doubled, window)
     if distance(two.whole, 2 * one.whole) > NEAR:
-        raise Failure(f"a plugin that doubles the loss makes it {two.loss:.6g} of {one.loss:.6g}")
+        raise Failure(
+            f"a plugin around compute_loss that doubles the loss is not felt in training: it is {one.loss:.6g} without "
+            f"the plugin, and {two.loss:.6g} with it"
+        )
     once, twice = plain.evaluate()["loss"], doubled.evaluate()["loss"]
     if abs(twice - 2 * once) > NEAR * max(abs(once), 1e-3):
-        raise Failure(f"in evaluation, a plugin that doubles the loss makes it {twice:.6g} of {once:.6g}")
+        raise Failure(
+            f"a plugin around compute_loss that doubles the loss is not felt in evaluation: it is {once:.6g} without "
+            f"the plugin, and {twice:.6g} with it"
+        )
 
 
 @check(
@@ -349,7 +385,7 @@ def stop(trial: Trial) -> None:
         raise NotApplicable("its rows hold no stop token as a target")
     batch = trial.round_of(run).windows[0]
     if not set(batch.target_tokens.tolist()) & stops:
-        raise Failure("the encoded rows hold a stop token as a target, the batch does not")
+        raise Failure("in the rows a stop token is a target, in the batch that prepare_batch makes of them none is")
 
 
 def _targets(row: dict[str, Any]) -> set[int]:

@@ -8,7 +8,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,14 @@ class Check:
 
 
 class Failure(Exception):
-    """A stage does not do what the check is about. The message says what it does."""
+    """A stage does not do what the check is about. The message says what it does, `mend` what to do.
+
+    Without a mend of its own it has the check's.
+    """
+
+    def __init__(self, message: str, mend: str = "") -> None:
+        super().__init__(message)
+        self.mend = mend
 
 
 class NotApplicable(Exception):
@@ -60,6 +67,8 @@ class NotApplicable(Exception):
 class ConformanceError(AssertionError):
     """A stage failed at least one check."""
 
+
+CRASHED = "Look at that line. `llmtk run STAGE --debug`, where it crashes in the same way, shows the whole traceback."
 
 CHECKS: dict[str, Check] = {}
 """All checks by name, in the order in which they run."""
@@ -96,9 +105,13 @@ def check_stage(
     found = list(outcomes(stage, checks, options=options, rows=rows))
     failed = [outcome for outcome in found if outcome.verdict is Verdict.FAILED]
     if failed:
-        told = [f"{one.check}: {one.title}\n  {one.message}\n  Mend: {one.mend}" for one in failed]
-        raise ConformanceError(f"{len(failed)} of {len(found)} checks failed\n\n" + "\n\n".join(told))
+        raise ConformanceError(f"{len(failed)} of {len(found)} checks failed\n\n" + "\n\n".join(map(_report, failed)))
     return found
+
+
+def _report(failed: Outcome) -> str:
+    mend = [f"Mend: {failed.mend}"] if failed.mend else []
+    return "\n  ".join([f"{failed.check}: {failed.title}", failed.message, *mend])
 
 
 def outcomes(
@@ -108,14 +121,23 @@ def outcomes(
     options: Mapping[str, Any] | None = None,
     rows: Sequence[Mapping[str, Any]] | None = None,
 ) -> Iterator[Outcome]:
-    """Run checks one after the other, as `check_stage` does, and yield what each found."""
+    """Run checks one after the other, as `check_stage` does, and yield what each found.
+
+    They end with the first that fails where the stage's class cannot be loaded, or is refused as it is.
+    """
     from llmtk.testing.trial import Trial
 
     wanted = _wanted(checks)
+    told: dict[str, str] = {}  # what failed, by what was said of it: one crash fails many checks
     with tempfile.TemporaryDirectory(prefix="llmtk-check-") as folder:
         trial = Trial(stage, Path(folder), options=options, rows=rows)
         for name in wanted:
-            yield _outcome(name, CHECKS[name], trial)
+            outcome = _outcome(name, CHECKS[name], trial)
+            if outcome.verdict is Verdict.FAILED and (first := told.setdefault(outcome.message, name)) != name:
+                outcome = replace(outcome, message=f"as told of the check {first!r}", mend="")
+            yield outcome
+            if outcome.verdict is Verdict.FAILED and not trial.is_usable:
+                break  # nothing else can be checked
 
 
 def _wanted(checks: str | Iterable[str] | None) -> list[str]:
@@ -128,17 +150,18 @@ def _wanted(checks: str | Iterable[str] | None) -> list[str]:
 
 def _outcome(name: str, one: Check, trial: Trial) -> Outcome:
     began = time.perf_counter()
-    verdict, message = Verdict.PASSED, ""
+    verdict, message, mend = Verdict.PASSED, "", ""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             one.run(trial)
     except NotApplicable as reason:
         verdict, message = Verdict.SKIPPED, str(reason)
-    except (Failure, LlmtkError) as failure:
-        verdict, message = Verdict.FAILED, str(failure)
+    except Failure as failure:
+        verdict, message, mend = Verdict.FAILED, str(failure), failure.mend or one.mend
+    except LlmtkError as error:  # says itself what to do
+        verdict, message = Verdict.FAILED, str(error)
     except Exception as error:
-        verdict, message = Verdict.FAILED, _told(error)
-    mend = one.mend if verdict is Verdict.FAILED else ""
+        verdict, message, mend = Verdict.FAILED, f"it crashes: {_told(error)}", CRASHED
     return Outcome(name, one.title, verdict, time.perf_counter() - began, message, mend)
 
 

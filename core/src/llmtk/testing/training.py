@@ -54,12 +54,17 @@ def evaluation(trial: Trial) -> None:
     between.train()
     apart = distance(flat(weights(between)), flat(weights(alone)))
     if apart:
-        raise Failure(f"evaluations between the steps change what is learnt: weights are {apart:.1e} apart")
+        raise Failure(
+            f"evaluations between the steps change what is learnt: after {STEPS} steps, the weights with them and "
+            f"without differ by {apart:.1g} of their norm"
+        )
     first, second = between.evaluate(), between.evaluate()
     different = [name for name, value in first.items() if second.get(name) != value]
     if different:
         name = different[0]
-        raise Failure(f"evaluated twice, {name} is {first[name]:.6g} and then {second.get(name, float('nan')):.6g}")
+        raise Failure(
+            f"evaluated twice in a row, {name} is {first[name]:.6g} the first time, and {second.get(name)} the second"
+        )
 
 
 @check(
@@ -80,24 +85,30 @@ def resume(trial: Trial) -> None:
         again.train()
         apart = distance(flat(weights(again)), flat(wanted))
         if apart:
-            raise Failure(f"resumed from step {step} of {steps}, the weights end {apart:.1e} of their norm apart")
+            raise Failure(
+                f"resumed after step {step} of {steps}, the run ends with weights that differ from those of the run "
+                f"that never stopped by {apart:.1g} of their norm"
+            )
         if (again.output_dir / "metrics.jsonl").read_text() != lines:
-            raise Failure(f"resumed from step {step} of {steps}, the metrics differ")
+            raise Failure(f"resumed after step {step} of {steps}, the weights are the same and the metrics are not")
 
 
 @check(
     "files",
     "no file of a run is a pickle, and the model loads",
-    "Write tensors with safetensors and the rest as JSON: whoever loads a pickle runs what stands in it.",
+    "Write tensors with safetensors.torch.save_file and the rest as JSON, in export_model and wherever else: whoever "
+    "loads a pickle runs what stands in it.",
 )
 def files(trial: Trial) -> None:
     run = trial.run(max_steps=1, save_strategy="steps", save_steps=1)
     run.train()
     for file in sorted(run.output_dir.rglob("*")):
         if file.is_file() and _is_pickle(file):
-            raise Failure(f"{file.relative_to(run.output_dir)} is a pickle")
+            raise Failure(f"the run's file {file.relative_to(run.output_dir)} is a pickle")
     if not any(run.output_dir.glob("*.safetensors")):
-        raise Failure("export_model writes no safetensors file")
+        raise Failure(
+            "export_model writes no safetensors file", "Let it call super().export_model(run, path), and add to that."
+        )
     for _, path in checkpoints.list_checkpoints(run.checkpoints):
         if problem := checkpoints.verify(path):
             raise CheckpointError(f"{path.name}: {problem}")
@@ -115,7 +126,8 @@ def _is_pickle(file: Path) -> bool:
     "ranks",
     "two ranks learn what one does",
     "Score through run.score, never by calling run.model; give as many windows on every rank, also without rows; let "
-    "terms name weights, whose totals are of all ranks; add up what a whole window needs with run.sum_over_ranks.",
+    "terms name weights, whose totals are of all ranks; add up what a whole window needs with run.sum_over_ranks; give "
+    "metrics as the sum and the count of this rank's own rows.",
 )
 def ranks(trial: Trial) -> None:
     if not torch.distributed.is_gloo_available():
@@ -134,7 +146,9 @@ def ranks(trial: Trial) -> None:
     learnt = [flat(_trained(folder, start)) - flat(start) for folder in (one, two)]
     apart = distance(learnt[1], learnt[0])
     if apart > NEAR:
-        raise Failure(f"after {STEPS} steps, what two ranks have learnt is {apart:.1e} of its norm from what one has")
+        raise Failure(
+            f"after {STEPS} steps, what two ranks have learnt differs by {apart:.2g} of its norm from what one has"
+        )
     _compare_lines(*[[json.loads(n) for n in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, two)])
 
 
@@ -153,7 +167,7 @@ def _compare_lines(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None
             if not isinstance(value, float) or other == value:
                 continue
             if other is None or abs(other - value) > 10 * NEAR * max(abs(value), 1e-2):
-                raise Failure(f"in step {wanted['step']}, {name} is {value:.6g} of one rank and {other} of two")
+                raise Failure(f"in step {wanted['step']}, {name} is {value:.6g} on one rank and {other} on two")
 
 
 def _launch(spec: Path) -> None:
@@ -175,19 +189,27 @@ def _launch(spec: Path) -> None:
         raise Failure(told[0].removeprefix("llmtk-check: ") if told else f"a process failed:\n{done.stderr[-2000:]}")
 
 
-@check(
-    "demo",
-    "its demo improves",
-    "Return a Demo whose figure, measured on held-out rows, gets better in a minute on two cores: "
-    "`llmtk run STAGE` with nothing given is what people try first.",
+DEMO = (
+    "Its figure, measured on held-out rows, should get better in a minute on two cores: `llmtk run STAGE` with nothing "
+    "given is what people try first."
 )
+
+
+@check("demo", "its demo improves", DEMO)
 def demo(trial: Trial) -> None:
     from llmtk.run import Run
 
     if trial.demo is None:
-        raise Failure("it has no demo()")
+        raise Failure(
+            "it has no demo()", "Write one: demo(self) returns a Demo of rows, settings and a figure. " + DEMO
+        )
     result = Run(trial.given, output_dir=str(trial.folder / "demo")).train()
     before, after = result.metrics["figure_before"], result.metrics["figure_after"]
     improved = after > before if trial.demo.higher_is_better else after < before
     if not improved:
-        raise Failure(f"{trial.demo.figure} went from {before:.4g} to {after:.4g}")
+        wanted = "higher" if trial.demo.higher_is_better else "lower"
+        raise Failure(
+            f"{trial.demo.figure} went from {before:.4g} to {after:.4g}, and {wanted} is better",
+            "Does the loss have the right sign? Then try more steps, another learning rate, or more telling rows. "
+            + DEMO,
+        )

@@ -15,6 +15,8 @@ import torch
 
 from llmtk.config.reading import merge
 from llmtk.contract import Demo, Stage
+from llmtk.errors import PluginError
+from llmtk.host.checks import check_stage
 from llmtk.host.discovery import get_stage
 from llmtk.run import Run
 from llmtk.testing.conformance import Failure
@@ -97,6 +99,15 @@ class Trial:
         """The stage's class."""
         return get_stage(self.given) if isinstance(self.given, str) else self.given
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether there is a class, and one that a run would take."""
+        try:
+            check_stage(self.stage_class, f"stage {self.name!r}")
+        except PluginError:
+            return False
+        return True
+
     @cached_property
     def name(self) -> str:
         """The name of its section."""
@@ -128,7 +139,10 @@ class Trial:
         for row_type in self.stage_class.row_types:
             if row_type in SAMPLES:
                 return SAMPLES[row_type], SAMPLES[row_type][: ROWS + 1]
-        raise Failure(f"it has no demo, and the kit no rows of its type ({', '.join(self.stage_class.row_types)})")
+        raise Failure(
+            f"it has no demo, and the kit no rows of its type ({', '.join(self.stage_class.row_types)})",
+            "Write its demo(), or give rows in a test: check_stage(NAME, rows=[...]).",
+        )
 
     def run(
         self,
@@ -159,7 +173,15 @@ class Trial:
         """Prepare a global batch, and leave the run's generators as they were."""
         rows = [run.train_rows[index] for index in range(min(ROWS, len(run.train_rows)))]
         with run.randomness.aside("check"):
-            return run.hooks.prepare_batch(rows)
+            try:
+                return run.hooks.prepare_batch(rows)
+            except KeyError as error:
+                if error.args[0] in rows[0]:
+                    raise
+                raise Failure(
+                    f"it asks a row for {error}, which it does not have",
+                    f"A row has {', '.join(rows[0])}, since row_types is {self.stage_class.row_types}.",
+                ) from error
 
 
 def measure(run: Run, window: Batch, parts: Sequence[Sequence[int]] | None = None) -> Measured:

@@ -259,7 +259,10 @@ def split_state(state: Mapping[str, Any], where: str) -> tuple[dict[str, Tensor]
         if not _alike(json.loads(json.dumps(rest)), rest):
             raise TypeError("it would come back changed (a tuple, or a key that is no string)")
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: checkpoint state is tensors and JSON values by name; {error}") from error
+        raise CheckpointError(
+            f"{where}: checkpoint state is tensors and JSON values by name; {error}. "
+            f"Mend what its extra_checkpoint_state answers"
+        ) from error
     return tensors, rest
 
 
