@@ -296,6 +296,10 @@ def test_freezing_continuing_and_proximal_policies() -> None:
     assert made.config["model"] == {"train_only": 3}
     made = of("llama-factory", model_name_or_path="base", adapter_name_or_path="saves/lora", quantization_bit=4)
     assert made.config["model"] == {"name_or_path": "saves/lora", "quantization": "4bit"}
+    assert "peft" not in made.config, "the adapter is trained on as it is"
+    made = of("llama-factory", stage="rm", lora_rank=4, lora_dropout=0.1)
+    assert made.config["peft"] == {"method": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
+    assert made.config["train"]["disable_dropout"] is False
     made = of("llama-factory", stage="ppo", reward_model="saves/rm", cutoff_len=512, max_new_tokens=128, top_p=0.9)
     assert made.config["data"] == {"max_length": 640}
     assert made.config["ppo"]["rewards"] == [{"model": "saves/rm"}]

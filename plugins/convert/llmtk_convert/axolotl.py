@@ -157,19 +157,23 @@ def _share(value: Any, settings: Settings) -> Answer:
 # Other keys
 
 
-def _adapts(settings: Settings) -> bool:
-    return settings.get("adapter") in ("lora", "qlora")
+def _no_adapter(settings: Settings) -> str:
+    """Return why an adapter's keys say nothing, if so."""
+    if settings.get("adapter") not in ("lora", "qlora"):
+        return "without adapter: lora it does nothing"
+    return "the adapter of lora_model_dir is trained on as it is" if settings.get("lora_model_dir") else ""
 
 
 def _adapter(value: Any, settings: Settings) -> Answer:
-    if _adapts(settings):
-        return put({"peft.method": "lora"})
+    if value in ("lora", "qlora"):
+        return NOTHING if settings.get("lora_model_dir") else put({"peft.method": "lora"})
     return leave(f"{value}: adapters are LoRA's. As it stands all weights are trained") if value else NOTHING
 
 
 def _of_adapter(key: str, value: Any = lambda value: value) -> By:
     def rule(given: Any, settings: Settings) -> Answer:
-        return put({key: value(given)}) if _adapts(settings) else leave("without adapter: lora it does nothing")
+        why = _no_adapter(settings)
+        return leave(why) if why else put({key: value(given)})
 
     return By(rule, key)
 

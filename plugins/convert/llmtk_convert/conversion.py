@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 PEERS = {peer.name: peer for peer in (trl.PEER, llama_factory.PEER, axolotl.PEER)}
 ORDER = ("stage", "model", "data", "peft", "fsdp", "train")
 """Sections in the order in which they are written; the stage's own and what else there is come behind."""
+ADAPTS = "peft.method"
+"""The key that asks for an adapter: without a section `peft` all weights are trained."""
 
 
 @dataclass
@@ -137,7 +139,7 @@ def _write_defaults(
     made: Conversion, method: Method, settings: Settings, flat: dict[str, Any], stage: type[Stage] | None
 ) -> None:
     """Write what the other program takes where nothing is said, if our stage takes something else."""
-    ours = default_values(made.stage, stage)
+    ours = default_values(made.stage, stage) | {ADAPTS: "none"}
     said = {target for key in settings if key in method.table for target in targets_of(method.table[key])}
     for target, value in method.defaults.items():
         key = target.replace("STAGE.", f"{made.stage}.")
@@ -149,7 +151,7 @@ def _write_defaults(
 
 def _matters(key: str, flat: Mapping[str, Any]) -> bool:
     """Whether a default is of use beside the keys that were carried over."""
-    if key.startswith("peft."):
+    if key.startswith("peft.") and key != ADAPTS:
         return any(name.startswith("peft.") for name in flat)
     if key == "train.eval_strategy":
         return "data.eval" in flat

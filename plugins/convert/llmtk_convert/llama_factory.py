@@ -112,26 +112,42 @@ def _sets(key: str) -> By:
 # Other keys
 
 
-def _lora(settings: Settings) -> bool:
-    return bool(settings.get("finetuning_type", "lora") == "lora")
+def _continues(settings: Settings) -> bool:
+    """Whether an adapter is trained on, which brings its own settings."""
+    paths = settings.get("adapter_name_or_path")
+    return bool(paths) and len(as_list(paths)) == 1 and not settings.get("create_new_adapter")
+
+
+def _no_adapter(settings: Settings) -> str:
+    """Return why an adapter's keys say nothing, if so."""
+    if settings.get("finetuning_type", "lora") != "lora":
+        return "it is used with finetuning_type: lora alone"
+    return "the adapter is trained on as it is" if _continues(settings) else ""
 
 
 def _adapter(key: str, value: Any = lambda value: value) -> By:
     def rule(given: Any, settings: Settings) -> Answer:
-        return put({key: value(given)}) if _lora(settings) else leave("it is used with finetuning_type: lora alone")
+        why = _no_adapter(settings)
+        return leave(why) if why else put({key: value(given)})
 
     return By(rule, key)
 
 
 def _rank(value: Any, settings: Settings) -> Answer:
-    if not _lora(settings):
-        return leave("it is used with finetuning_type: lora alone")
+    if why := _no_adapter(settings):
+        return leave(why)
     return put({"peft.r": value, "peft.lora_alpha": settings.get("lora_alpha") or 2 * value})
+
+
+def _kept_dropout(value: Any, settings: Settings) -> Answer:
+    if not value or (why := _no_adapter(settings)):
+        return leave(why) if value else NOTHING
+    return put({"peft.lora_dropout": value, "train.disable_dropout": False}, "with all dropout on, as there")
 
 
 def _kind(value: Any, settings: Settings) -> Answer:
     if value == "lora":
-        return put({"peft.method": "lora"})
+        return NOTHING if _continues(settings) else put({"peft.method": "lora"})
     if value == "full":
         return NOTHING
     if value == "freeze":
@@ -149,17 +165,13 @@ def _frozen(value: Any, settings: Settings) -> Answer:
 
 
 def _adapter_path(value: Any, settings: Settings) -> Answer:
-    paths = as_list(value)
-    if len(paths) > 1 or settings.get("create_new_adapter"):
+    if not _continues(settings):
         return leave("one adapter is trained on, on its base; merge the others first (llmtk export --merge)")
-    return put({"model.name_or_path": str(paths[0])}, "an adapter's folder: it is trained on, on its base")
+    return put({"model.name_or_path": str(as_list(value)[0])}, "an adapter's folder: it is trained on, on its base")
 
 
 def _model(value: Any, settings: Settings) -> Answer:
-    paths = settings.get("adapter_name_or_path")
-    if paths and len(as_list(paths)) == 1 and not settings.get("create_new_adapter"):
-        return put({}, "the adapter names its base")
-    return put({"model.name_or_path": value})
+    return put({}, "the adapter names its base") if _continues(settings) else put({"model.name_or_path": value})
 
 
 _ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
@@ -219,7 +231,7 @@ COMMON: dict[str, Rule] = {
     **TRAINING_ARGUMENTS,
     "stage": Done(),
     "model_name_or_path": By(_model, "model.name_or_path"),
-    "adapter_name_or_path": By(_adapter_path, "model.name_or_path"),
+    "adapter_name_or_path": By(_adapter_path, "model.name_or_path", "peft.method"),
     "create_new_adapter": Done("read with adapter_name_or_path"),
     "model_revision": By(revision, "model.revision"),
     "trust_remote_code": "model.trust_remote_code",
@@ -423,8 +435,10 @@ def _length_with_answer(value: Any, settings: Settings) -> Answer:
     return put({"data.max_length": value + answer}, "here prompt and completion, there the prompt alone")
 
 
+_DROPOUT = By(_kept_dropout, "peft.lora_dropout", "train.disable_dropout")
 _PPO: dict[str, Rule] = {
     **COMMON,
+    "lora_dropout": _DROPOUT,
     "cutoff_len": By(_length_with_answer, "data.max_length"),
     "reward_model": By(
         lambda value, settings: put(
@@ -457,7 +471,7 @@ _PPO: dict[str, Rule] = {
         off=("full",),
     ),
 }
-_RM: dict[str, Rule] = {**COMMON}
+_RM: dict[str, Rule] = {**COMMON, "lora_dropout": _DROPOUT}
 
 _DEFAULTS = DEFAULTS | {
     "train.gradient_checkpointing": True,
@@ -510,9 +524,4 @@ def choose(settings: Settings, method: str | None) -> str:
     return special if special in METHODS else name
 
 
-def prepare(settings: Settings) -> Settings:
-    """Say what is so where nothing is said, and other keys depend on it."""
-    return {"finetuning_type": "lora"} | dict(settings) if "finetuning_type" not in settings else settings
-
-
-PEER = Peer("llama-factory", "LLaMA-Factory", "0.9.5", METHODS, choose, prepare)
+PEER = Peer("llama-factory", "LLaMA-Factory", "0.9.5", METHODS, choose)
