@@ -59,7 +59,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     launch(folder)
     (folder / "said").write_text(launch(folder, *TORCHRUN))
-    sharded = ("sharded", "sharded_adamw", "sharded_goes_on")
+    sharded = ("sharded", "sharded_adamw", "sharded_goes_on", "sharded_by_difficulty", "sharded_average")
     launch(folder, checks=sharded)
     launch(folder, *TORCHRUN, checks=sharded)
     return folder
@@ -146,6 +146,21 @@ def test_a_sharded_run_goes_on_to_the_bit_and_its_export_is_whole(answer: Answer
         assert found["same"]
         assert found["checkpoint"]
         assert found["exported"]
+
+
+def test_a_sharded_run_has_its_rows_in_the_order_of_their_losses(answer: Answers) -> None:
+    one, two = answer("sharded_by_difficulty", 1), answer("sharded_by_difficulty", 2)
+    assert two["steps"] == 12
+    assert distance(two["weights"], one["weights"]) < 1e-6
+    assert all(answer("sharded_by_difficulty", 2, rank)["same"] for rank in (0, 1))
+
+
+def test_the_average_of_a_sharded_model_is_refused_on_all_ranks(answer: Answers) -> None:
+    assert answer("sharded_average", 1)["error"] == "no error"
+    for rank in (0, 1):
+        found = answer("sharded_average", 2, rank)
+        assert found["error"].startswith("ConfigurationError: plugins.ema averages and exports whole weights")
+        assert not found["written"]
 
 
 PREFERENCES = ("dpo", "dpo_transport", "dpo_moving", "ipo", "kto", "cpo", "simpo", "orpo", "rm", "precomputed")
