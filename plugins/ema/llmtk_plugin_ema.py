@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from llmtk import RunView, Section, hookimpl
+from llmtk import ConfigurationError, RunView, Section, hookimpl
 from llmtk.training.events import Plan, StepReport
 
 UPDATES = "updates"
@@ -38,6 +39,15 @@ class ExponentialMovingAverage:
         self.updates = 0
         self.average: dict[str, Tensor] = {}
         """(shape of the parameter) float32, by the parameter's name."""
+
+    @hookimpl
+    def extra_run_info(self, run: RunView) -> Mapping[str, Any]:
+        """Tell what is exported. ConfigurationError for a sharded model, of which each rank would average its part."""
+        if any(isinstance(weight, DTensor) for weight in _trained(run).values()):
+            raise ConfigurationError(
+                "plugins.ema averages and exports whole weights, and fsdp shards them over the ranks. Leave one out"
+            )
+        return {"exports": f"the average of the weights, decay {self.options.decay}"}
 
     @hookimpl
     def run_started(self, run: RunView, plan: Plan) -> None:

@@ -62,7 +62,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     launch(folder)
     (folder / "said").write_text(launch(folder, *TORCHRUN))
-    sharded = ("sharded", "sharded_adamw", "sharded_goes_on")
+    sharded = ("sharded", "sharded_adamw", "sharded_goes_on", "sharded_by_difficulty", "sharded_average")
     launch(folder, checks=sharded)
     launch(folder, *TORCHRUN, checks=sharded)
     return folder
@@ -186,6 +186,21 @@ def test_a_run_under_deepspeed_is_that_of_one_process(spread: Path, stage: int) 
             assert history[3] == history[4]
             assert history[0] != history[1]
             assert distance(found[fault]["weights"], one[fault]["weights"]) < 1e-6
+
+
+def test_a_sharded_run_has_its_rows_in_the_order_of_their_losses(answer: Answers) -> None:
+    one, two = answer("sharded_by_difficulty", 1), answer("sharded_by_difficulty", 2)
+    assert two["steps"] == 12
+    assert distance(two["weights"], one["weights"]) < 1e-6
+    assert all(answer("sharded_by_difficulty", 2, rank)["same"] for rank in (0, 1))
+
+
+def test_the_average_of_a_sharded_model_is_refused_on_all_ranks(answer: Answers) -> None:
+    assert answer("sharded_average", 1)["error"] == "no error"
+    for rank in (0, 1):
+        found = answer("sharded_average", 2, rank)
+        assert found["error"].startswith("ConfigurationError: plugins.ema averages and exports whole weights")
+        assert not found["written"]
 
 
 PREFERENCES = (

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llmtk_plugin_curriculum import Curriculum
+from llmtk_plugin_ema import ExponentialMovingAverage
 from llmtk_plugin_multitask import Multitask
 from llmtk_pref import demo_rows
 from llmtk_stage_sft import SupervisedFineTuning
@@ -226,6 +228,25 @@ def sharded(world: World) -> Answer:
 def sharded_adamw(world: World) -> Answer:
     settings = {"optim": "adamw_torch_fused", "learning_rate": 1e-3, "adam_epsilon": 1e-5}
     return trained(make(world, "sharded_adamw", fsdp={"reshard_after_forward": False}, **settings))
+
+
+def sharded_by_difficulty(world: World) -> Answer:
+    """Rows in the order of their losses, which all ranks measure together; and the same of a run that goes on."""
+    options = Curriculum.Options(by="loss", steps=8)
+    settings = {"fsdp": {}, "max_steps": 12, "data": rows(40), "lr_scheduler_type": "constant"}
+    whole = make(world, "sharded_by_difficulty", plugins=(Curriculum(options),), **settings)
+    answer = trained(whole)
+    parts = settings | {"max_steps": 7}
+    make(world, "sharded_by_difficulty_parts", plugins=(Curriculum(options),), **parts).train()
+    run = make(world, "sharded_by_difficulty_parts", plugins=(Curriculum(options),), resume="auto", **settings)
+    run.train()
+    return answer | {"same": weights(run) == weights(whole)}
+
+
+def sharded_average(world: World) -> Answer:
+    average = ExponentialMovingAverage(ExponentialMovingAverage.Options())
+    run = make(world, "sharded_average", fsdp={}, max_steps=1, plugins=(average,))
+    return {"error": failure(run.train), "written": (run.output_dir / "config.yaml").exists()}
 
 
 def sharded_goes_on(world: World) -> Answer:
@@ -878,7 +899,14 @@ CHECKS: list[Callable[[World], Answer]] = [
 ]
 
 
-SHARDED: list[Callable[[World], Answer]] = [sharded, sharded_adamw, sharded_goes_on, *map(zero, (1, 2, 3))]
+SHARDED: list[Callable[[World], Answer]] = [
+    sharded,
+    sharded_adamw,
+    sharded_goes_on,
+    sharded_by_difficulty,
+    sharded_average,
+    *map(zero, (1, 2, 3)),
+]
 """Done when they are named alone: PyTorch's caches keep the groups of a sharded model, and gloo's threads with them, so
 that such a process had better end without the interpreter's last words."""
 

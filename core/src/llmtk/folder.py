@@ -172,10 +172,10 @@ class RunFolder:
     def info(self) -> dict[str, Any]:
         """Return run.json, or nothing."""
         try:
-            info: dict[str, Any] = json.loads((self.path / INFO).read_text())
+            info = json.loads((self.path / INFO).read_text())
         except (OSError, ValueError):
             return {}
-        return info
+        return info if isinstance(info, dict) else {}
 
     def _check_free(self) -> None:
         for parent in self.path.parents:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 import pytest
+import torch
 
 import llmtk.cli
 from llmtk.cli.commands import BUILT_IN
@@ -159,6 +160,17 @@ def test_an_unexpected_error_asks_to_be_reported(monkeypatch: pytest.MonkeyPatch
     code, _, err = llmtk("list-stages")
     assert code == 1
     assert err.splitlines() == ["error: ZeroDivisionError: by zero", llmtk_report()]
+
+
+def test_want_of_memory_is_told_as_such_with_what_takes_less(monkeypatch: pytest.MonkeyPatch, llmtk: Any) -> None:
+    with pytest.raises(RuntimeError) as wanted:
+        torch.empty(2**60, dtype=torch.uint8)
+    raising(monkeypatch, wanted.value)
+    code, _, err = llmtk("list-stages")
+    assert code == 1
+    assert err.startswith("error: not enough memory: ")
+    assert "gradient_accumulation_steps" in err
+    assert "fault in llmtk" not in err
 
 
 def llmtk_report() -> str:

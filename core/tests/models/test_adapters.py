@@ -59,6 +59,11 @@ def test_targets_that_match_nothing(model, target):
     assert ("regular expression" in str(info.value)) == isinstance(target, str)
 
 
+def test_targets_that_are_a_broken_regular_expression(model):
+    with pytest.raises(ConfigurationError, match=r"peft\.target_modules: '\(' is no regular expression: missing \)"):
+        add_adapter(model, PeftConfig(target_modules="("), seed=0)
+
+
 def test_modules_to_save_that_match_nothing(model):
     with pytest.raises(ConfigurationError, match=r"no module 'head'\. It has .*lm_head"):
         add_adapter(model, PeftConfig(modules_to_save=["head"]), seed=0)

@@ -145,9 +145,12 @@ def test_batches_grouped_by_length_waste_little():
     assert padding(grouped) < padding(usual) / 10
 
 
-def test_an_order_by_length_goes_on_in_the_middle_of_a_million_rows_at_once():
+@pytest.mark.parametrize("by_length", [False, True])
+def test_an_order_goes_on_in_the_middle_of_a_million_rows_at_once(by_length):
     lengths = np.random.default_rng(0).integers(1, 100, 1_000_000)
-    order = RowOrder(1_000_000, 3, arrange=lambda usual: grouped_by_length(usual, lengths, 64))
+    order = RowOrder(1_000_000, 3)
+    if by_length:
+        order = RowOrder(1_000_000, 3, arrange=lambda usual: grouped_by_length(usual, lengths, 64))
     order.cursor = Cursor(4, 900_000)
     began = time.perf_counter()
     order.take(64)

@@ -344,6 +344,15 @@ def test_a_changed_record_is_refused(stopped):
         make(stopped, resume="auto", logging_steps=1).train()
 
 
+def test_a_damaged_record_is_refused(stopped):
+    file = stopped / "metrics.jsonl"
+    whole = file.read_bytes()
+    for byte in (b"\xff", b"["):
+        file.write_bytes(byte + whole[1:])
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl:1 is damaged"):
+            make(stopped, resume="auto", logging_steps=1).train()
+
+
 def test_lines_after_the_checkpoint_are_cut(stopped):
     with (stopped / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "loss": 1')

@@ -32,7 +32,8 @@ def add_adapter(
         revision: Which branch, tag or commit of a hub model the base is. The adapter keeps it with the base's name.
 
     Raises:
-        ConfigurationError: ``target_modules``, ``modules_to_save`` or ``bias`` name nothing that the model has.
+        ConfigurationError: ``target_modules``, ``modules_to_save`` or ``bias`` name nothing that the model has, or the
+            first is a broken regular expression.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -42,6 +43,11 @@ def add_adapter(
     with seeded(seed), quietly():
         try:
             adapted = get_peft_model(model, LoraConfig(task_type=task, revision=revision, **options))
+        except re.error as error:
+            raise ConfigurationError(
+                f"peft.target_modules: {peft_config.target_modules!r} is no regular expression: {error}. One string is "
+                "taken for one; give a list of names, or all-linear"
+            ) from error
         except ValueError as error:
             raise ConfigurationError(_why_refused(model, peft_config, error)) from error
     if peft_config.bias != "none" and not any(_is_trained_bias(*named) for named in adapted.named_parameters()):

@@ -40,9 +40,10 @@ class Records:
             raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
 
     def read(self, file: str) -> list[dict[str, Any]]:
-        """Return all lines."""
+        """Return all lines. CheckpointError where one is damaged."""
         path = self._path(file)
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return [_line(f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
 
     def offsets(self) -> dict[str, int]:
         """Make what is written durable, and return the size of each file."""
@@ -61,7 +62,7 @@ class Records:
             self._path(file).unlink(missing_ok=True)
 
     def cut(self, offsets: Mapping[str, int]) -> None:
-        """Cut the files back to these sizes. CheckpointError where one is shorter."""
+        """Cut the files back to these sizes. CheckpointError where one is shorter, or damaged."""
         for file, size in offsets.items():
             path = self._path(file)
             found = path.stat().st_size if path.exists() else 0
@@ -71,9 +72,20 @@ class Records:
                 )
             if found > size:
                 os.truncate(path, size)
+            self.read(file)
 
     def _path(self, file: str) -> Path:
         return self._folder.path / f"{file}.jsonl"
+
+
+def _line(place: str, line: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise CheckpointError(f"{place} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{place} is damaged: it holds no JSON object")
+    return found
 
 
 def _jsonable(value: Any) -> Any:

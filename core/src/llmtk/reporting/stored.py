@@ -116,9 +116,12 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         return []
     *lines, rest = file.read_text(encoding="utf-8", errors="replace").split("\n")
     try:
-        return [json.loads(line) for line in lines] + ([json.loads(rest)] if rest.endswith("}") else [])
+        found = [json.loads(line) for line in [*lines, *([rest] if rest.endswith("}") else [])]]
     except ValueError as error:
         raise ConfigurationError(f"{file} is damaged: {error}") from None
+    if not all(isinstance(line, dict) for line in found):
+        raise ConfigurationError(f"{file} is damaged: a line holds no JSON object")
+    return found
 
 
 def _json_of(file: Path) -> dict[str, Any]:
@@ -128,6 +131,8 @@ def _json_of(file: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{file} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigurationError(f"{file} is damaged: it holds no JSON object")
     return found
 
 
