@@ -287,7 +287,7 @@ def zero(stage: int) -> Callable[[World], Answer]:
         settings = {"optim": "adamw_torch_fused", "learning_rate": 1e-3, "adam_epsilon": 1e-5, "max_grad_norm": 0.5}
         settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // world.size}
         answer = trained(make(world, name, deepspeed=section, evaluation=rows(6), **settings))
-        for stage_class in (Poisoned, Kinked):
+        for stage_class in (Poisoned, Kinked, Infinite):
             found = _refused(world, f"{name}_{stage_class.name}", stage_class, deepspeed=section)
             answer[stage_class.name] = found
         return answer | _goes_on(world, name, deepspeed=section)
@@ -665,6 +665,15 @@ class Kinked(Poisoned):
 
     def spoilt(self, loss):
         return loss + (loss * 0).sqrt()
+
+
+class Infinite(Poisoned):
+    """The loss is not finite and its gradient is."""
+
+    name = "infinite"
+
+    def spoilt(self, loss):
+        return loss + float("inf")
 
 
 class Watch:

@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "output_dir",
     "data.cache",
     "data.num_proc",
+    "deepspeed",
     "fsdp",
     "samples",
     "train.num_train_epochs",

@@ -232,7 +232,8 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     apart = {}
     for name, tensor in tensors.items():
         place = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if place in seen else tensor
+        # On the host: under ZeRO, all weights share memory, and a device has no room for them twice.
+        apart[name] = tensor.to("cpu", copy=True) if place in seen else tensor
         seen.add(place)
     save_file(apart, file)
 

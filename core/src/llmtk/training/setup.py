@@ -59,7 +59,7 @@ def read_rows(run: Run) -> None:
 
 def load(run: Run) -> None:
     """Load everything, cheapest first, so that what can be refused is refused before it costs anything."""
-    check_parallelism(run.config)
+    check_parallelism(run.config, moves_reference=run.stage.reference == "changing")
     check(run)
     _start(run)
     if run.config.model.trust_remote_code:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import metadata
@@ -27,10 +28,9 @@ if TYPE_CHECKING:
     from llmtk.config.sections import DeepspeedConfig, TrainConfig
 
 OLDEST = "0.19.8"
-"""The oldest DeepSpeed that refuses gradients that are not finite in float32, on all ranks together."""
+"""The oldest DeepSpeed that was tried. Up to 0.19.4 at least, it steps in float32 on gradients that are not finite."""
 BUCKET = 50_000_000
 """Numbers that are reduced or gathered at once: 200 MB in float32. DeepSpeed's own default takes ten times as much."""
-
 PERSISTENT = 100_000
 """Parameters of fewer numbers are not let go of after each use, under stage 3."""
 
@@ -155,6 +155,8 @@ def _quieten() -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # torch 2.13 has other names for what DeepSpeed calls in every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
