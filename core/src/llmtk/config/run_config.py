@@ -63,7 +63,7 @@ class RunConfig(Section):
     fsdp: FsdpConfig | None = None
     """Shard the trained model over the ranks. `{}` for the usual settings."""
     deepspeed: DeepspeedConfig | None = None
-    """Train under DeepSpeed."""
+    """Spread the trained model over the ranks by DeepSpeed. `{}` for the usual settings."""
     options: Section
     """The stage's own options. In a file they stand under the stage's name."""
     samples: SamplesConfig

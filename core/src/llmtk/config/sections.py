@@ -297,10 +297,10 @@ class FsdpConfig(Section):
 
 
 class DeepspeedConfig(Section):
-    """Train under DeepSpeed."""
+    """Spread the trained model over the ranks by DeepSpeed's ZeRO, in place of a copy of it on each."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What is sharded: nothing, optimizer state, gradients too, weights too."""
+    """What is spread: 1 optimizer state, 2 gradients too, 3 weights too. 0, nothing, is what there is without it."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """Where optimizer state is kept, besides the device."""
     offload_param: Literal["none", "cpu"] = "none"
