@@ -419,6 +419,16 @@ def base_that_is_gone(folder: Path) -> list[str]:
     return ["evaluate", str(folder / "run"), "--data", str(folder / "good.jsonl")]
 
 
+@case("predictions without rows to answer", "train.do_predict needs rows to answer", "data.test", "predict.data")
+def predictions_of_nothing(folder: Path) -> list[str]:
+    return sft(folder, "train.do_predict=true")
+
+
+@case("predictions of a model that writes no text", "train.do_predict", "has a head of one value")
+def predictions_of_a_reward_model(folder: Path) -> list[str]:
+    return ["run", "rm", "train.do_predict=true", f"output_dir={folder / 'run'}"]
+
+
 @case("processes at a port in use", "--main-port", "Address already in use", "Give another")
 def port_in_use(folder: Path) -> list[str]:
     HELD.append(socket.create_server(("127.0.0.1", 0)))
@@ -432,6 +442,8 @@ def test_it_is_refused_in_so_many_words(
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.chdir(tmp_path)
     words = CASES[name].words(tmp_path)
+    for module in (tmp_path / "site").glob("*.py"):  # another test may have had one of that name
+        monkeypatch.delitem(sys.modules, module.stem, raising=False)
     before = contents(tmp_path / "run")
     capsys.readouterr()
     code = call(words)
