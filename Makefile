@@ -49,7 +49,7 @@ conform: $(VENV)/.developed
 	@printf '%s\n' $(STAGES) | OMP_NUM_THREADS=1 xargs -P 2 -I NAME sh -c \
 	  '$(BIN)/llmtk check NAME --no-demo > build/conform/NAME.txt 2>&1 && tail -n 1 build/conform/NAME.txt || \
 	   { cat build/conform/NAME.txt; exit 1; }'
-	$(BIN)/python -m pytest -q -m slow -k page tests/test_wheels.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -k page tests/test_wheels.py
 
 bench: $(VENV)/.developed
 	$(BIN)/python tests/benchmarks/startup.py
