@@ -18,6 +18,7 @@ import torch
 
 from llmtk import ConfigurationError, load
 from llmtk.cli.ports import LOCAL, check_port, free_port
+from llmtk.cli.serve import _how_to_ask as how_to_ask
 from llmtk.demo import addition
 from llmtk.inference import LanguageModel, serving
 from llmtk.models.saving import save_model
@@ -126,6 +127,14 @@ def test_an_adapter_is_served_merged(tmp_path: Path) -> None:
     torch.testing.assert_close(merged, adapted, rtol=0.02, atol=0.05)  # the base is saved in bfloat16
     assert (adapted - base).abs().max() > 0.5
     assert not (served.folder / "adapter_config.json").exists()
+
+
+def test_a_model_without_a_template_is_asked_for_completions(tmp_path: Path) -> None:
+    model, tokenizer = load("builtin")
+    tokenizer.chat_template = None
+    save_model(model, tokenizer, tmp_path / "plain")
+    served = serving.lay_out(str(tmp_path / "plain"), tmp_path / "cache")
+    assert 'client.completions.create(model="plain", prompt="Once")' in how_to_ask(served, LOCAL, 8000)
 
 
 def test_what_the_makers_say_of_sampling_stands(tmp_path: Path) -> None:
