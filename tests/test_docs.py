@@ -139,5 +139,4 @@ def test_hooks_are_called_in_the_order_of_their_page(tmp_path: Path) -> None:
 
 def test_pages_of_the_site_are_in_its_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text()
-    written = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
-    assert {page for page in written if page not in text} <= set()
+    assert [page.name for page in DOCS.glob("*.md") if page.name not in text] == []
