@@ -59,25 +59,25 @@ def pages() -> dict[str, str]:
 
 
 def stages_page(stages: dict[str, type[Stage]]) -> str:
-    """Compare the stages."""
+    """List the stages, and compare them."""
     lines = [
         "# Stages\n",
-        "What each method takes and needs, and what of it is in memory beside the trained model and its optimizer. A",
-        "reference needs no second model where the policy is an adapter, which is switched off instead, nor with",
+        *(f"- [{name}]({name}.md): {stage.summary}" for name, stage in stages.items()),
+        "\nWhat each takes and needs, and what of it is in memory beside the trained model and its optimizer. A reference",
+        "needs no second model where the policy is an adapter, which is switched off instead, nor with",
         "`train.precompute_reference`, which computes its log-probs once.\n",
-        "| stage | what it does | rows | reference | reward | writes as it trains | in memory beside the model |",
-        "|---|---|---|---|---|---|---|",
+        "| stage | rows | reference | rewards | writes | in memory beside the model |",
+        "|---|---|---|---|---|---|",
     ]
     for name, stage in stages.items():
         reference = stage().reference
         cells = [
             f"[{name}]({name}.md)",
-            stage.summary,
             ", ".join(stage.row_types),
             {"none": "", "frozen": "frozen", "changing": "moves"}[reference],
             "yes" if "reward" in stage.needs else "",
             "yes" if "generation" in stage.needs else "",
-            ", ".join(_memory(stage)),
+            "; ".join(_memory(stage)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -88,11 +88,11 @@ def _memory(stage: type[Stage]) -> Iterator[str]:
     if stage().reference != "none":
         yield "the reference"
     if "reward" in stage.needs:
-        yield "a reward model, if one is named"
+        yield "reward models that are named"
     if "generation" in stage.needs:
-        yield "a copy of the weights in the compute dtype and a cache, while it writes"
+        yield "while it writes, a copy of the weights and a cache"
     if stage.head == "value":
-        yield "a head of one value in place of the language model's"
+        yield "a head of one value in place of the vocabulary's"
 
 
 def stage_page(name: str, stage: type[Stage]) -> str:
