@@ -63,8 +63,8 @@ def stages_page(stages: dict[str, type[Stage]]) -> str:
     lines = [
         "# Stages\n",
         *(f"- [{name}]({name}.md): {stage.summary}" for name, stage in stages.items()),
-        "\nWhat each takes and needs, and what of it is in memory beside the trained model and its optimizer. A reference",
-        "needs no second model where the policy is an adapter, which is switched off instead, nor with",
+        "\nWhat each takes and needs, and what of it is in memory beside the trained model and its optimizer. A",
+        "reference needs no second model where the policy is an adapter, which is switched off instead, nor with",
         "`train.precompute_reference`, which computes its log-probs once.\n",
         "| stage | rows | reference | rewards | writes | in memory beside the model |",
         "|---|---|---|---|---|---|",
