@@ -496,8 +496,15 @@ def test_the_command_as_a_user_starts_it(long_run: tuple[Path, Path], tmp_path: 
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("moment", ["reading", "loading", "opening"])
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, signal.SIGTERM.value), (signal.SIGINT, 130 * 256)])
+@pytest.mark.parametrize(
+    ("moment", "number", "status"),
+    [
+        ("reading", signal.SIGTERM, signal.SIGTERM.value),
+        ("loading", signal.SIGTERM, signal.SIGTERM.value),
+        ("loading", signal.SIGINT, 130 * 256),
+        ("opening", signal.SIGTERM, signal.SIGTERM.value),
+    ],
+)
 def test_a_signal_while_a_run_is_set_up_ends_it_at_once_and_leaves_nothing(
     nursery: Nursery, long_run: tuple[Path, Path], tmp_path: Path, moment: str, number: signal.Signals, status: int
 ) -> None:
