@@ -18,7 +18,9 @@ from typing import Any
 
 import pytest
 from llmtk_pref import demo_rows
+from llmtk_stage_sft import SupervisedFineTuning
 
+from llmtk import ConfigurationError, Run
 from llmtk.config.reading import to_yaml
 from llmtk.demo import addition
 from llmtk.training import checkpoints
@@ -538,6 +540,21 @@ def test_a_second_signal_ends_the_run_at_once(
     nursery.finish(**run | {"resume": "auto"})
     nursery.finish(**run | {"output_dir": str(tmp_path / "uninterrupted")})
     check_same(tmp_path / "run", tmp_path / "uninterrupted")
+
+
+def test_a_second_process_on_one_folder_is_refused_with_the_owner(nursery: Nursery, tmp_path: Path) -> None:
+    run = settings("pausing", "full", tmp_path / "run", None)
+
+    class Same(SupervisedFineTuning):
+        name = "pausing"
+
+    nursery.begin(run=run, pause_at=4)
+    nursery.wait_for("in the midst of a step")
+    with pytest.raises(ConfigurationError, match=f"is in use by process {nursery.child}"):
+        Run(**run | {"stage": Same, "resume": "auto"}).train()
+    nursery.send(signal.SIGKILL)
+    assert nursery.end() == KILLED
+    assert checkpoints.verify(checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")[-1][1]) is None
 
 
 def test_a_signal_in_the_midst_of_a_line_stops_the_run_too(nursery: Nursery, tmp_path: Path) -> None:
