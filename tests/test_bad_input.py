@@ -105,6 +105,21 @@ def wrong_type(folder: Path) -> list[str]:
     return sft(folder, "train.max_steps=many")
 
 
+@case("section that is none", "model: expected keys and values, got 5", "train: expected keys and values", "output_dir")
+def section_that_is_none(folder: Path) -> list[str]:
+    return ["run", "sft", "model=5", "train=[1]", "output_dir=3"]
+
+
+@case("plugins that are none", "plugins: expected keys and values")
+def plugins_that_are_none(folder: Path) -> list[str]:
+    return sft(folder, "plugins=[ema]")
+
+
+@case("checkpoint that is no path", "train.resume_from_checkpoint", "expected text")
+def checkpoint_that_is_no_path(folder: Path) -> list[str]:
+    return sft(folder, "train.resume_from_checkpoint={a: 1}")
+
+
 @case("negative learning rate", "train.learning_rate", "-0.1")
 def negative_learning_rate(folder: Path) -> list[str]:
     return sft(folder, "train.learning_rate=-0.1")

@@ -18,7 +18,9 @@ from typing import Any
 
 import pytest
 from llmtk_pref import demo_rows
+from llmtk_stage_sft import SupervisedFineTuning
 
+from llmtk import ConfigurationError, Run
 from llmtk.config.reading import to_yaml
 from llmtk.demo import addition
 from llmtk.training import checkpoints
@@ -497,8 +499,15 @@ def test_the_command_as_a_user_starts_it(long_run: tuple[Path, Path], tmp_path: 
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("moment", ["reading", "loading", "opening"])
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, signal.SIGTERM.value), (signal.SIGINT, 130 * 256)])
+@pytest.mark.parametrize(
+    ("moment", "number", "status"),
+    [
+        ("reading", signal.SIGTERM, signal.SIGTERM.value),
+        ("loading", signal.SIGTERM, signal.SIGTERM.value),
+        ("loading", signal.SIGINT, 130 * 256),
+        ("opening", signal.SIGTERM, signal.SIGTERM.value),
+    ],
+)
 def test_a_signal_while_a_run_is_set_up_ends_it_at_once_and_leaves_nothing(
     nursery: Nursery, long_run: tuple[Path, Path], tmp_path: Path, moment: str, number: signal.Signals, status: int
 ) -> None:
@@ -532,6 +541,21 @@ def test_a_second_signal_ends_the_run_at_once(
     nursery.finish(**run | {"resume": "auto"})
     nursery.finish(**run | {"output_dir": str(tmp_path / "uninterrupted")})
     check_same(tmp_path / "run", tmp_path / "uninterrupted")
+
+
+def test_a_second_process_on_one_folder_is_refused_with_the_owner(nursery: Nursery, tmp_path: Path) -> None:
+    run = settings("pausing", "full", tmp_path / "run", None)
+
+    class Same(SupervisedFineTuning):
+        name = "pausing"
+
+    nursery.begin(run=run, pause_at=4)
+    nursery.wait_for("in the midst of a step")
+    with pytest.raises(ConfigurationError, match=f"is in use by process {nursery.child}"):
+        Run(**run | {"stage": Same, "resume": "auto"}).train()
+    nursery.send(signal.SIGKILL)
+    assert nursery.end() == KILLED
+    assert checkpoints.verify(checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")[-1][1]) is None
 
 
 def test_a_signal_in_the_midst_of_a_line_stops_the_run_too(nursery: Nursery, tmp_path: Path) -> None:

@@ -155,12 +155,16 @@ def asked(draw: st.DrawFn) -> Asked:
     stage = draw(st.sampled_from(sorted(STAGES)))
     known = SECTIONS | {stage: discovery.get_stage(stage).Options}
     keys = [f"{section}.{key}" for section, model in known.items() for key in model.model_fields]
+    keys += [*known, "plugins"]
     chosen = draw(st.lists(st.sampled_from([key for key in keys if key not in LEFT_ALONE]), min_size=1, max_size=3))
     is_junk = draw(st.sampled_from([False, False, True]))
     command = draw(st.sampled_from(["plan", "plan", "run"]))
     found = {}
     for key in chosen:
         section, _, name = key.partition(".")
+        if not name:
+            found[key] = draw(JUNK)
+            continue
         fitting = st.sampled_from(WORDS[key]) if key in WORDS else values(known[section].model_fields[name].annotation)
         value = draw(JUNK if is_junk and key == chosen[0] else fitting)
         tame = command == "run" or key in SMALL
@@ -203,8 +207,9 @@ def configuration(folder: Path, asked: Asked) -> dict[str, Any]:
         whole["model"] = {"tokenizer": {"kind": "byte"}}
     for key, value in asked.settings.items():
         section, _, name = key.partition(".")
-        whole.setdefault(section, {})[name] = value
-    return whole
+        if name:
+            whole.setdefault(section, {})[name] = value
+    return whole | {key: value for key, value in asked.settings.items() if "." not in key}
 
 
 def check_configuration(home: Path, asked: Asked) -> int:

@@ -63,8 +63,8 @@ class RunFolder:
 
         ConfigurationError where a run to resume cannot be told.
         """
-        resume = resume or (layer.get("train") or {}).get("resume_from_checkpoint")
-        output_dir = layer.get("output_dir")
+        resume = resume or _path_in(layer.get("train"), "resume_from_checkpoint")
+        output_dir = _path_in(layer, "output_dir")
         if resume is None:
             return cls(Path(output_dir or _new_name(stage))), dict(layer)
         if resume == "auto":
@@ -246,6 +246,12 @@ class RunFolder:
             "facts": dict(run.plan.facts),
         }
         write_json(self.path / INFO, facts)
+
+
+def _path_in(section: Any, key: str) -> str | None:
+    """Return a path that a configuration gives. What is none is refused later, with all else that is wrong in it."""
+    value = section.get(key) if isinstance(section, Mapping) else None
+    return str(value) if isinstance(value, str | Path) else None
 
 
 def _new_name(stage: str) -> str:

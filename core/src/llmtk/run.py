@@ -182,6 +182,8 @@ class Run:
         if merged.pop("stage", name) != name:
             raise ConfigurationError(f"the configuration is for another stage than {name}; name the same one, or none")
         plugins = merged.pop("plugins", None) or {}
+        if not isinstance(plugins, Mapping):
+            raise ConfigurationError(f"plugins: expected keys and values, got {plugins!r}")
         return cls(name, plugins=plugins, resume=resume, **merged)
 
     @classmethod
@@ -763,6 +765,8 @@ def _plugin_name(plugin: object) -> str:
 def _names_input(layer: Mapping[str, Any]) -> bool:
     """Say whether a configuration names a model or data; without both, a run is a demo."""
     model, data = layer.get("model") or {}, layer.get("data") or {}
+    if not (isinstance(model, Mapping) and isinstance(data, Mapping)):
+        return True  # they are refused with all else that is wrong in the configuration
     return bool(model.get("name_or_path") or model.get("from_config") or data.get("train"))
 
 

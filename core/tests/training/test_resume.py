@@ -137,8 +137,16 @@ def test_an_evaluation_cut_short_is_made_when_the_run_goes_on(tmp_path, step, si
     assert_same_run(whole, parts)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("within", ["write_tensors", "save_rank", "commit", "_sync", "prune"])
+@pytest.mark.parametrize(
+    ("within", "number"),
+    [
+        ("write_tensors", signal.SIGTERM),
+        ("save_rank", signal.SIGINT),
+        ("commit", signal.SIGTERM),
+        ("_sync", signal.SIGINT),
+        ("prune", signal.SIGTERM),
+    ],
+)
 def test_a_save_ends_whole_though_a_signal_comes_in_its_midst(tmp_path, monkeypatch, within, number):
     settings = {"save_steps": 2, "max_steps": 5, "save_total_limit": 2, "logging_steps": 1}
     whole = make(tmp_path / "whole", **settings)
