@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -172,7 +171,7 @@ def test_a_sweep_that_is_stopped_goes_on(words: list[str]) -> None:
     while not (metrics.exists() and metrics.read_text().count("\n") > 1):
         assert child.poll() is None
         time.sleep(0.02)
-    child.send_signal(signal.SIGINT)
+    child.terminate()
     assert child.wait() == 1
     assert StoredRun.read("runs/tune-sft/trial-002").status == "unfinished"
     assert call(sweep) == 0

@@ -173,6 +173,7 @@ def stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
 
 def test_ctrl_c_ends_the_server(stands_in: Callable[[str], None], llmtk: Llmtk, tmp_path: Path) -> None:
     stands_in("SIGINT")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts tests in the background has it ignored
     port = free_port()
     code, out, err = llmtk("serve", "builtin", "--port", str(port))
     assert (code, err.strip()) == (130, "interrupted")

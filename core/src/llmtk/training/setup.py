@@ -59,8 +59,8 @@ def read_rows(run: Run) -> None:
 
 def load(run: Run) -> None:
     """Load everything, cheapest first, so that what can be refused is refused before it costs anything."""
-    check_parallelism(run.config, moves_reference=run.stage.reference == "changing")
     check(run)
+    check_parallelism(run.config, moves_reference=run.stage.reference == "changing")
     _start(run)
     if run.config.model.trust_remote_code:
         run.notify("WARNING: model.trust_remote_code is on: Python code that comes with the model runs as you")
