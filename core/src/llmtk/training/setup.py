@@ -21,7 +21,7 @@ from llmtk.training.planning import make_plan
 from llmtk.training.predicting import check_predictions, check_room, read_questions
 from llmtk.training.randomness import Randomness
 from llmtk.training.router import RouterLoss
-from llmtk.training.sharding import check_parallelism
+from llmtk.training.sharding import check_moving_reference, check_parallelism
 from llmtk.training.stream import check_streaming
 
 if TYPE_CHECKING:
@@ -59,8 +59,10 @@ def read_rows(run: Run) -> None:
 
 def load(run: Run) -> None:
     """Load everything, cheapest first, so that what can be refused is refused before it costs anything."""
+    check_parallelism(run.config)
     check(run)
-    check_parallelism(run.config, moves_reference=run.stage.reference == "changing")
+    if run.stage.reference == "changing":
+        check_moving_reference(run.config)
     _start(run)
     if run.config.model.trust_remote_code:
         run.notify("WARNING: model.trust_remote_code is on: Python code that comes with the model runs as you")

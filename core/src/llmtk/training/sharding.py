@@ -28,7 +28,7 @@ OPTIMIZERS = frozenset({"adamw_torch_fused", "adamw_torch", "adam", "sgd"})
 """Those that look at each weight by itself, so that a part of a matrix is updated as the whole would be."""
 
 
-def check_parallelism(config: RunConfig, *, moves_reference: bool = False) -> None:
+def check_parallelism(config: RunConfig) -> None:
     """Refuse the sections `fsdp` and `deepspeed` where they cannot be followed, before anything is loaded."""
     if config.fsdp is not None and config.deepspeed is not None:
         raise ConfigurationError("fsdp and deepspeed both spread a model over the ranks; leave one of them out")
@@ -42,8 +42,11 @@ def check_parallelism(config: RunConfig, *, moves_reference: bool = False) -> No
     if config.fsdp is not None:
         check_fsdp(config.fsdp, int(os.environ.get("WORLD_SIZE", "1")))
         check_options(config.train, "fsdp")
-    spreads_weights = config.fsdp is not None or (config.deepspeed is not None and config.deepspeed.zero_stage == 3)
-    if spreads_weights and moves_reference:
+
+
+def check_moving_reference(config: RunConfig) -> None:
+    """Refuse a reference that moves towards a policy of which each rank has but a part."""
+    if config.fsdp is not None or (config.deepspeed is not None and config.deepspeed.zero_stage == 3):
         raise ConfigurationError(
             "a reference that moves towards the policy is whole on each rank, and of the policy each has a part. "
             "Leave the reference where it is, or spread less: deepspeed.zero_stage 1 or 2"
