@@ -123,6 +123,24 @@ def test_a_block_of_which_nothing_is_left_is_passed_over_but_for_the_first(tmp_p
         make(tmp_path / "none", str(path), folder, stage=Answers, data={"eval": rows[:1]}).train()
 
 
+def test_an_epoch_whose_last_block_is_left_out_ends_with_the_block_before(tmp_path, folder):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a" * (70 if n >= 5 else 1), "completion": "b"} for n in range(7)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    run = make(
+        tmp_path / "run",
+        str(path),
+        folder,
+        stage=Answers,
+        data={"eval": rows[:1]},
+        max_steps=2,
+        per_device_train_batch_size=5,
+    )
+    run.train()
+    assert [len(batch) for batch in run.stage.seen] == [5, 5]
+    assert (run.state.skipped, run.order.epochs) == (0, 2)
+
+
 def test_data_that_have_another_size_are_refused(tmp_path, rows, folder):
     with pytest.raises(Interrupted):
         make(tmp_path / "run", rows, folder, plugins=[StopAt(2)]).train()

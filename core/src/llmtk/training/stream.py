@@ -93,12 +93,13 @@ class StreamedRows:
         return self._block
 
     def _next_block(self) -> None:
+        """Go to the next block that has rows, or from the last one to the next epoch."""
         assert self._blocks is not None
-        self._block = next(self._blocks, None)
-        if self._block is None:
-            self.cursor = Cursor(self._cursor.epoch + 1)
-        else:
-            self._cursor = replace(self._cursor, block=self._cursor.block + 1, row=0)
+        for number, block in enumerate(self._blocks, start=self._cursor.block + 1):
+            if len(block):
+                self._block, self._cursor = block, replace(self._cursor, block=number, row=0)
+                return
+        self.cursor = Cursor(self._cursor.epoch + 1)
 
 
 def shuffled_block(rows: int, seed: int, epoch: int, block: int) -> Any:
