@@ -221,6 +221,16 @@ def test_a_server_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytes
     assert server.returncode == -signal.SIGKILL
 
 
+def test_a_second_signal_leaves_no_server_behind(tmp_path: Path) -> None:
+    tells = "lambda *_: os.kill(os.getppid(), signal.SIGTERM)"
+    stubborn = f"import os, signal, time; signal.signal(signal.SIGTERM, {tells}); open('up', 'w'); time.sleep(60)"
+    served = serving.Served("a", None, chats=True)
+    with serving.running([sys.executable, "-c", stubborn], served, tmp_path) as server:
+        while not (tmp_path / "up").exists():
+            os.sched_yield()
+    assert server.returncode == -signal.SIGKILL
+
+
 def test_vllm_is_preferred_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(serving, "find_spec", lambda name: name)
     assert serving.choose_engine() == "vllm"
