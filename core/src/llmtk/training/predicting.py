@@ -89,9 +89,6 @@ def write_predictions(run: Run) -> dict[str, float]:
     What a run that was killed meanwhile has written stays, as long as the model is the same. All ranks call it
     together. Interrupted where a signal comes in between.
     """
-    path = run.output_dir / FILE
-    if run.backend.is_main and not _goes_on(run):
-        path.unlink(missing_ok=True)
     sampling = run.sampling(**run.config.predict.sampling)
     stop = partial(run.ask_to_stop, first="writing the answers that are under way")
     with run.randomness.aside("predictions"), first_signal(stop), _opened(run) as output:
@@ -100,7 +97,7 @@ def write_predictions(run: Run) -> dict[str, float]:
         worth = _worth(run, lines) if run.backend.is_main else {}
     values = {f"predict_{name}": value for name, value in run.backend.broadcast(worth).items()}
     told = "".join(f"  {name} {value:.4f}" for name, value in values.items())
-    run.console.say(f"{len(lines):,} predictions in {path}{told}")
+    run.console.say(f"{len(lines):,} predictions in {run.output_dir / FILE}{told}")
     return values
 
 
@@ -144,7 +141,10 @@ def _opened(run: Run) -> Iterator[Output]:
     with ExitStack() as stack:
         with run.backend.together("opening the predictions", LlmtkError):
             if run.backend.is_main:
-                mine = stack.enter_context(open_output(str(run.output_dir / FILE), resume=True))
+                path = run.output_dir / FILE
+                if not _goes_on(run):
+                    path.unlink(missing_ok=True)
+                mine = stack.enter_context(open_output(str(path), resume=True))
             else:
                 mine = Output(STDOUT, stack.enter_context(Path(os.devnull).open("w")))
         try:
