@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,10 +26,11 @@ from llmtk_pref import demo_rows
 
 from llmtk.cli import call
 from llmtk.demo import addition
-from llmtk.pipeline import Pipeline
+from llmtk.pipeline import Pipeline, record
 from llmtk.pipeline.deciding import AGAIN, RESUME, RUN, SKIP
 from llmtk.pipeline.inputs import Hashes, inputs_of
 from llmtk.pipeline.reading import read_steps
+from llmtk.reporting.stored import is_locked
 from llmtk.run import Run
 
 FILE = """
@@ -320,6 +322,7 @@ def test_one_pipeline_at_a_time_and_none_under_a_launcher(
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert call(["pipeline", "p.yaml"]) == 2
     assert "the pipeline there is being run, by process" in capfd.readouterr().err
+    monkeypatch.setattr(record, "PATIENCE", 0.1)
     with open("runs/p/dpo/.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert call(["pipeline", "p.yaml"]) == 2
@@ -407,6 +410,29 @@ def test_a_pipeline_that_is_killed_stops_its_step_and_goes_on(
     assert "SIGTERM stopped the run after step" in log
     assert "going on from checkpoint-" in log
     assert [line["step"] for line in lines("runs/p/dpo/metrics.jsonl")] == list(range(1, reached + 21))
+
+
+def test_a_pipeline_that_is_begun_before_an_old_step_hears_of_it_waits_for_that(tmp_path: Path) -> None:
+    """The step that a killed pipeline left behind asks for the lock only when the new one has it."""
+    (tmp_path / "dpo").mkdir()
+    told: list[str] = []
+    said = threading.Event()
+    with (tmp_path / "dpo" / ".lock").open("w") as running:
+        fcntl.flock(running, fcntl.LOCK_EX)
+
+        def end() -> None:
+            time.sleep(0.2)
+            with (tmp_path / ".lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                said.wait(timeout=10)
+                running.close()
+
+        step = threading.Thread(target=end)
+        step.start()
+        with record.held(tmp_path, lambda line: (told.append(line), said.set())):
+            step.join(timeout=10)
+            assert not is_locked(tmp_path / "dpo" / ".lock")
+    assert [line.partition(" by ")[0] for line in told] == [f"A step of {tmp_path} was left behind"]
 
 
 def until(done: Callable[[], bool], seconds: float = 90.0) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,8 @@ from llmtk.folder import LOCK, write_json
 from llmtk.pipeline.inputs import Hashes, Inputs
 
 RECORD = "pipeline.json"
+PATIENCE = 2.0
+"""Seconds in which a step that was left behind takes the lock. A run that is no step of ours never does."""
 
 
 @dataclass
@@ -85,7 +88,7 @@ def _take(lock: IO[Any], folder: Path, say: Callable[[str], None]) -> None:
             fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             continue
-        if kind == fcntl.LOCK_SH:  # so only steps hold it, whose pipeline is gone: llmtk.pipeline.step
+        if kind == fcntl.LOCK_SH or _is_asked_for(lock, folder):  # by steps alone: llmtk.pipeline.step
             say(f"A step of {folder} was left behind by a pipeline that was killed, and is ending: waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         return
@@ -94,3 +97,21 @@ def _take(lock: IO[Any], folder: Path, say: Callable[[str], None]) -> None:
     raise ConfigurationError(
         f"output_dir {folder}: the pipeline there is being run, by process {owner}; wait, or end it"
     )
+
+
+def _is_asked_for(lock: IO[Any], folder: Path) -> bool:
+    """Whether a step that still runs takes the lock that we hold, when we let it.
+
+    A pipeline that is begun at once may be faster than the step that waits to hear of the end of the one before.
+    """
+    from llmtk.reporting.stored import is_locked
+
+    end = time.monotonic() + PATIENCE
+    while any(map(is_locked, folder.glob(f"*/{LOCK}"))) and time.monotonic() < end:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        time.sleep(0.05)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
