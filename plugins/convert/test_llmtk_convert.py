@@ -205,6 +205,22 @@ def test_what_a_stage_does_not_use_is_left_and_an_optimizer_that_is_refused_too(
     assert "num_generations" in of("trl", "dpo", num_generations=4).left
 
 
+@pytest.mark.parametrize("peer", PEERS)
+def test_deepspeed_keeps_its_stage_and_offloading_where_its_file_is_there(peer: str, tmp_path: Path) -> None:
+    file = tmp_path / "zero.json"
+    on_host = {"device": "cpu", "pin_memory": True}
+    for stage, offloads in [
+        (2, {"offload_optimizer": "cpu"}),
+        (3, {"offload_optimizer": "cpu", "offload_param": "cpu"}),
+    ]:
+        zero = {"stage": stage, "offload_optimizer": on_host, "offload_param": on_host, "overlap_comm": True}
+        file.write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": "auto"}}))
+        assert of(peer, "sft", deepspeed=str(file)).config["deepspeed"] == {"zero_stage": stage, **offloads}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+    assert "spreads nothing" in of(peer, "sft", deepspeed=str(file)).left["deepspeed"]
+    assert "cannot be read here" in of(peer, "sft", deepspeed="nowhere/zero3.json").left["deepspeed"]
+
+
 # LLaMA-Factory
 
 INFO = {

@@ -27,7 +27,7 @@ from llmtk_convert.rules import (
     same,
     targets_of,
 )
-from llmtk_convert.training_arguments import mapping, optimizer, strategy
+from llmtk_convert.training_arguments import DEEPSPEED, LIGER, mapping, optimizer, strategy
 from llmtk_convert.trl import PROMPT_ROOM, attention, source, targets
 
 # Data sets
@@ -349,7 +349,7 @@ _PACKED = (
     "a packed one holds (gradient_accumulation_steps)"
 )
 _KERNELS = "other kernels are not used; log-probs never hold all logits at once"
-_PARALLEL = "ranks hold copies of the model, or shards with fsdp: {}"
+_PARALLEL = "ranks hold copies of the model, or shards with fsdp or deepspeed"
 
 COMMON: dict[str, Rule] = {
     "base_model": By(_base, "model.name_or_path"),
@@ -435,6 +435,7 @@ COMMON: dict[str, Rule] = {
     **dict.fromkeys(_TRACKERS, By(_tracker, "train.report_to")),
     "fsdp": By(_fsdp, "fsdp.cpu_offload", "fsdp.reshard_after_forward"),
     "fsdp_config": By(_fsdp, "fsdp.cpu_offload", "fsdp.reshard_after_forward"),
+    "deepspeed": DEEPSPEED,
     "generate_samples": By(_samples, "samples.count"),
     "num_generation_samples": By(lambda value, s: NOTHING),
     "generation_max_new_tokens": _sample("samples.max_new_tokens"),
@@ -492,11 +493,14 @@ COMMON: dict[str, Rule] = {
         "gemma4_hybrid_attn_impl large_head_attention flash_attn_d512 sdpa_varlen fused_attn_kernel",
         "experts_implementation s2_attention flash_attn_rms_norm lora_mlp_kernel lora_qkv_kernel",
         "lora_o_kernel lora_embedding_kernel chunked_cross_entropy chunked_cross_entropy_num_chunks",
-        "cut_cross_entropy liger_rope liger_rms_norm liger_rms_norm_gated liger_layer_norm liger_swiglu",
-        "liger_glu_activation liger_cross_entropy liger_fused_linear_cross_entropy liger_use_token_scaling",
-        "liger_kernel_impl tiled_mlp tiled_mlp_num_shards tiled_mlp_use_original_mlp",
+        "cut_cross_entropy tiled_mlp tiled_mlp_num_shards tiled_mlp_use_original_mlp",
         "llama4_linearized_experts flex_attn_compile_kwargs torch_compile_options unsloth_lora_mlp",
         "unsloth_lora_qkv unsloth_lora_o unsloth_cross_entropy_loss",
+    ),
+    **left(
+        LIGER,
+        "liger_rope liger_rms_norm liger_rms_norm_gated liger_layer_norm liger_swiglu liger_glu_activation",
+        "liger_cross_entropy liger_fused_linear_cross_entropy liger_use_token_scaling liger_kernel_impl",
     ),
     **left(
         "axolotl's plugins and their keys stay there; llmtk list-plugins lists those that act here",
@@ -514,7 +518,7 @@ COMMON: dict[str, Rule] = {
         "spectrum_model_name spectrum_top_fraction use_dsv4_kernels use_glm_dsa_kernels use_scattermoe use_sonicmoe",
         "swanlab_project swanlab_experiment_name swanlab_description swanlab_mode swanlab_workspace use_swanlab",
     ),
-    **left("DeepSpeed is not supported yet; fsdp: {} shards the model over the ranks", "deepspeed", "deepcompile"),
+    **left("DeepSpeed compiles nothing; train.torch_compile is torch's own", "deepcompile"),
     **left(
         _PARALLEL,
         "dp_shard_size dp_replicate_size sequence_parallel_degree context_parallel_size heads_k_stride",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmtk.contract import Stage
 
 PEERS = {peer.name: peer for peer in (trl.PEER, llama_factory.PEER, axolotl.PEER)}
-ORDER = ("stage", "model", "data", "peft", "fsdp", "train")
+ORDER = ("stage", "model", "data", "peft", "fsdp", "deepspeed", "train")
 """Sections in the order in which they are written; the stage's own and what else there is come behind."""
 ADAPTS = "peft.method"
 """The key that asks for an adapter: without a section `peft` all weights are trained."""

@@ -24,7 +24,7 @@ from llmtk_convert.rules import (
     left,
     put,
 )
-from llmtk_convert.training_arguments import DEFAULTS, TRAINING_ARGUMENTS
+from llmtk_convert.training_arguments import DEFAULTS, LIGER, TRAINING_ARGUMENTS
 from llmtk_convert.trl import revision, targets
 
 # Data sets
@@ -313,7 +313,7 @@ COMMON: dict[str, Rule] = {
         "swanlab_logdir swanlab_lark_webhook_url swanlab_lark_secret",
     ),
     **left(
-        "one trainer, in PyTorch; fsdp: {} shards the model",
+        "one trainer, in PyTorch; fsdp or deepspeed shards the model",
         "use_mca use_hyper_parallel hyper_parallel_args use_kt kt_weight_path kt_expert_checkpoint_path",
         "kt_use_lora_experts kt_lora_expert_num kt_lora_expert_intermediate_size",
     ),
@@ -335,8 +335,9 @@ COMMON: dict[str, Rule] = {
     **left("model.from_config makes a model from scratch, by transformers' own fields", "train_from_scratch"),
     **left(
         "faster kernels are not used",
-        "use_unsloth use_unsloth_gc enable_liger_kernel use_v1_kernels",
+        "use_unsloth use_unsloth_gc use_v1_kernels",
     ),
+    **left(LIGER, "enable_liger_kernel"),
     **left("the router's loss is added with the coefficient of the model's configuration", "moe_aux_loss_coef"),
     **left(
         "what is computed in which type follows train.bf16 and model.dtype",

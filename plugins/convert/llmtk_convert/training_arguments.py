@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from llmtk_convert.rules import NOTHING, Answer, By, Rule, Settings, To, as_list, done, leave, left, put, same
@@ -118,6 +119,36 @@ FSDP_CONFIG = By(
     )
 )
 
+
+def deepspeed(value: Any, settings: Settings) -> Answer:
+    """Spread by the stage of ZeRO that DeepSpeed's configuration names, with the host's memory if that was asked for."""
+    if not value:
+        return NOTHING
+    config = _read_deepspeed(value)
+    if config is None:
+        return leave(f"{value} cannot be read here; deepspeed: {{zero_stage: 2}} names the stage of ZeRO")
+    zero = config.get("zero_optimization") or {}
+    if not (stage := zero.get("stage")):
+        return leave("its stage 0 spreads nothing over the ranks, as a run without the section deepspeed")
+    may = ("offload_optimizer", "offload_param") if stage == 3 else ("offload_optimizer",)
+    offloads = {f"deepspeed.{key}": "cpu" for key in may if (zero.get(key) or {}).get("device", "none") != "none"}
+    return put({"deepspeed.zero_stage": stage, **offloads}, "of it the stage of ZeRO and offloading alone")
+
+
+def _read_deepspeed(value: Any) -> dict[str, Any] | None:
+    """Return keys and values, of which a file may hold the JSON."""
+    try:
+        found = mapping(value)
+        found = found if isinstance(found, dict) else json.loads(Path(str(found)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+DEEPSPEED = By(deepspeed, "deepspeed.zero_stage", "deepspeed.offload_optimizer", "deepspeed.offload_param")
+
+LIGER = "scores never hold all logits at once; Liger's other kernels are those of plugins: {liger: {}}"
+
 _HUB = "nothing is sent to the hub; llmtk export writes a folder to upload"
 _NO_KEY = "needs no key here, and changes nothing that is trained"
 _DEVICE = "a run finds its device"
@@ -151,7 +182,7 @@ TRAINING_ARGUMENTS: dict[str, Rule] = {
     "report_to": By(report, "train.report_to"),
     "fsdp": FSDP,
     "fsdp_config": FSDP_CONFIG,
-    **left("DeepSpeed is not supported yet; fsdp: {} shards the model over the ranks", "deepspeed"),
+    "deepspeed": DEEPSPEED,
     **left("a checkpoint of another program cannot be gone on with", "resume_from_checkpoint"),
     **left(
         _HUB,
@@ -177,13 +208,11 @@ TRAINING_ARGUMENTS: dict[str, Rule] = {
     ),
     **left("a last batch that is not full is trained on, with the weight that its tokens have", "dataloader_drop_last"),
     **left("evaluated as eval_strategy says, first after the first steps", "eval_on_start", "eval_delay"),
-    **left("llmtk predict answers the rows of a file with a finished run's model", "do_predict"),
+    **left("train.do_predict answers the rows of data.test, or of a file, which predict.data names", "do_predict"),
     **left("every checkpoint can be gone on from", "save_only_model", "enable_jit_checkpoint"),
     **left("the batch is what was asked for; train.micro_batch_tokens bounds memory", "auto_find_batch_size"),
     **left("matrix products in TF32 are switched on in torch itself", "tf32"),
-    **left(
-        "scores never hold all logits at once; Liger's kernels are not used", "use_liger_kernel", "liger_kernel_config"
-    ),
+    **left(LIGER, "use_liger_kernel", "liger_kernel_config"),
     **left("a run is deterministic on a CPU; on a GPU torch's own switches apply", "full_determinism"),
     **left(
         _DEVICE,
