@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from llmtk.cli import call
+from llmtk.cli.ports import free_port
 from llmtk.config.reading import read_file
 from llmtk.data import read_rows
 from llmtk.demo import addition
@@ -66,9 +66,7 @@ def test_two_processes_run_as_the_file_says(tmp_path: Path) -> None:
     file = EXAMPLES / "two-processes.yaml"
     header = re.search(r"torchrun (--standalone) (.*)", file.read_text())
     assert header is not None
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
+    port = str(free_port())
     words = header[2].split()
     assert words[-1] == "docs/examples/two-processes.yaml"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--master-addr", "127.0.0.1", "--master-port", port]

@@ -7,6 +7,7 @@ kept in a journal beside them, in JSON.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shlex
 import signal
@@ -24,6 +25,7 @@ import click
 from llmtk_tune_space import Choice, Space, read_space
 
 from llmtk.errors import ConfigurationError, LlmtkError
+from llmtk.folder import LOCK
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -38,7 +40,8 @@ Examples:
   llmtk tune sft config.yaml --over ... --trials 40                                go on with that sweep
 """
 _USUAL_TRIALS = 20
-LLMTK = [sys.executable, "-m", "llmtk"]
+LLMTK = [sys.executable, "-P", "-m", "llmtk"]
+"""A trial's command: a file of the working directory that is named like a module takes the place of none."""
 
 
 class TuneError(LlmtkError):
@@ -179,23 +182,24 @@ def _count(space: Space, listed: bool) -> int:
 @contextmanager
 def _taken(folder: Path) -> Iterator[None]:
     """Hold a folder against a second sweep."""
-    from filelock import FileLock, Timeout
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise ConfigurationError(f"--output-dir {folder} is in use by another sweep. Choose another") from None
+        lock = (folder / LOCK).open("a")
     except OSError as error:
         raise ConfigurationError(f"--output-dir {folder} cannot be written to: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(f"--output-dir {folder} is in use by another sweep. Choose another") from None
+        yield
 
 
 def _check_same(sweep: Sweep) -> None:
     """Refuse a folder that holds something else. ConfigurationError lists what differs."""
     file, facts = sweep.folder / "sweep.json", sweep.facts()
     if not file.exists():
-        if strangers := sorted(path.name for path in sweep.folder.iterdir() if path.name != ".lock"):
+        if strangers := sorted(path.name for path in sweep.folder.iterdir() if path.name != LOCK):
             raise ConfigurationError(f"--output-dir {sweep.folder} holds other files ({strangers[0]}). Choose another")
         file.write_text(json.dumps(facts, indent=2) + "\n")
         return

@@ -113,6 +113,12 @@ def test_a_mistake_is_told_before_any_trial(
     assert not list(Path().rglob("trial-*"))
 
 
+def test_one_sweep_at_a_time(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with llmtk_tune._taken(Path("runs/tune-sft")):
+        assert call([*words, "--over", "train.seed=1,2"]) == 2
+    assert "--output-dir runs/tune-sft is in use by another sweep. Choose another" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("fake")
 def test_the_sampler_comes_near_the_best(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     sweep = [*words, "--over", "train.learning_rate=0.01..0.7", "--seed", "3"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
+from llmtk.cli.ports import free_port
 from llmtk.training.zero import missing
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -34,7 +34,7 @@ def launch(out: Path, *launcher: str, checks: tuple[str, ...] = ()) -> str:
 
     Returns what it said, on both streams.
     """
-    launcher = (*launcher, free_port()) if launcher else ()
+    launcher = (*launcher, str(free_port())) if launcher else ()
     # As torchrun sets it: with other threads, sums round otherwise.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if sys.platform == "linux":
@@ -48,12 +48,6 @@ def launch(out: Path, *launcher: str, checks: tuple[str, ...] = ()) -> str:
     if done.returncode:
         pytest.fail(f"exit code {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done.stdout + done.stderr
-
-
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

@@ -321,6 +321,12 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def write_json(file: Path, value: Any) -> None:
     """Write JSON as `replace_file` writes text."""
     replace_file(file, json.dumps(value, indent=1, default=str) + "\n")

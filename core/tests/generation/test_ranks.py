@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmtk.cli.ports import free_port
 from llmtk.generation import Sampling, generate
 
 from .kit import SHARES, WRAPPED, flat, logps_of
@@ -30,14 +30,11 @@ CASES = [
 def answers(tmp_path_factory):
     """All cases, of both ranks, from one launch."""
     out = tmp_path_factory.mktemp("ranks") / "answers.json"
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
-    command = [sys.executable, *launcher, "--master-port", port, str(WORKER), str(out)]
+    command = [sys.executable, *launcher, "--master-port", str(free_port()), str(WORKER), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
     assert not done.returncode, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return json.loads(out.read_text())

@@ -121,7 +121,7 @@ FSDP_CONFIG = By(
 
 
 def deepspeed(value: Any, settings: Settings) -> Answer:
-    """Spread by the stage of ZeRO that DeepSpeed's configuration names, with the host's memory if that was asked for."""
+    """Spread by the stage of ZeRO that DeepSpeed's configuration names, on the host too if it says so."""
     if not value:
         return NOTHING
     config = _read_deepspeed(value)

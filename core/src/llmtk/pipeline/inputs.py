@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtk.config.secrets import concealed
 from llmtk.errors import ConfigurationError
-from llmtk.folder import INFO, RESULTS, flat, settings_of
+from llmtk.folder import INFO, RESULTS, flat, settings_of, sha256_of
 from llmtk.pipeline.reading import texts
 
 if TYPE_CHECKING:
@@ -48,8 +47,7 @@ class Hashes:
             stat = file.stat()
             stamp = [stat.st_size, stat.st_mtime_ns]
             if (found := self.known.get(str(file))) is None or found[:2] != stamp:
-                with file.open("rb") as stream:
-                    found = self.known[str(file)] = [*stamp, hashlib.file_digest(stream, "sha256").hexdigest()]
+                found = self.known[str(file)] = [*stamp, sha256_of(file)]
         except OSError as error:
             raise ConfigurationError(f"{file} cannot be read: {error.strerror}") from error
         return str(found[2])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import zipfile
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmtk.cli.ports import LOCAL, free_port
 from llmtk.errors import CheckpointError
 from llmtk.testing.checks import NEAR
 from llmtk.testing.conformance import Failure, NotApplicable, check
@@ -172,11 +172,8 @@ def _compare_lines(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None
 
 def _launch(spec: Path) -> None:
     """Run the worker twice, side by side. Failure where it fails or hangs, with the end of what it said."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-    command += ["--master-port", port, "-m", "llmtk.testing.worker", str(spec)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", LOCAL]
+    command += ["--master-port", str(free_port()), "-m", "llmtk.testing.worker", str(spec)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"

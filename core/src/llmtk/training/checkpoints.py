@@ -7,7 +7,6 @@ checkpoint fell into).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmtk.errors import CheckpointError
+from llmtk.folder import sha256_of
 from llmtk.training.sharding import fill, in_shards, like, whole
 from llmtk.training.zero import shape_of
 
@@ -57,7 +57,7 @@ def verify(path: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != entry["size"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
-            if _sha256(file) != entry["sha256"]:
+            if sha256_of(file) != entry["sha256"]:
                 return f"{name} is damaged: its SHA-256 differs from the manifest's"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
@@ -94,7 +94,7 @@ def sweep(folder: Path) -> None:
 def commit(aside: Path, path: Path) -> None:
     """Add the manifest, make everything durable, and give the folder its name."""
     files = sorted(file for file in aside.iterdir() if file.is_file())
-    entries = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    entries = {file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
     write_json(aside / MANIFEST, {"files": entries})
     for file in (*files, aside / MANIFEST, aside):
         _sync(file)
@@ -329,11 +329,6 @@ def _alike(a: Any, b: Any) -> bool:
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(_alike, a, b))
     return bool(a == b or (a != a and b != b))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
