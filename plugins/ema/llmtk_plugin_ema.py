@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from llmtk import ConfigurationError, RunView, Section, hookimpl
 from llmtk.training.events import Plan, StepReport
+from llmtk.training.sharding import is_sharded
 
 UPDATES = "updates"
 
@@ -43,9 +43,10 @@ class ExponentialMovingAverage:
     @hookimpl
     def extra_run_info(self, run: RunView) -> Mapping[str, Any]:
         """Tell what is exported. ConfigurationError for a sharded model, of which each rank would average its part."""
-        if any(isinstance(weight, DTensor) for weight in _trained(run).values()):
+        if any(map(is_sharded, _trained(run).values())):
             raise ConfigurationError(
-                "plugins.ema averages and exports whole weights, and fsdp shards them over the ranks. Leave one out"
+                "plugins.ema averages and exports whole weights, and fsdp, or stage 3 of deepspeed, gives each rank a "
+                "part of them. Leave one out"
             )
         return {"exports": f"the average of the weights, decay {self.options.decay}"}
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import pytest
 import torch
+from llmtk_plugin_ema import ExponentialMovingAverage as Average
 from safetensors.torch import load_file
 
-from llmtk import Run, hookimpl
+from llmtk import ConfigurationError, Run, hookimpl
 
 ROWS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(16)]
 TRAIN = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "bf16": False, "save_steps": 1}
@@ -73,3 +76,12 @@ def test_a_resumed_run_has_the_same_average(tmp_path: Path) -> None:
     found = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert plugin_of(again).updates == 6
+
+
+def test_a_model_of_which_deepspeed_gives_each_rank_a_part_is_refused() -> None:
+    model = torch.nn.Linear(2, 2)
+    average = Average(Average.Options())
+    assert "decay 0.999" in average.extra_run_info(cast("Any", SimpleNamespace(model=model)))["exports"]
+    cast("Any", model.weight).ds_id = 0
+    with pytest.raises(ConfigurationError, match="stage 3 of deepspeed"):
+        average.extra_run_info(cast("Any", SimpleNamespace(model=model)))

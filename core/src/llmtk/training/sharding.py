@@ -111,6 +111,11 @@ def in_shards(root: nn.Module) -> nn.Module:
     return root
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a weight of which this rank holds a part."""
+    return isinstance(tensor, DTensor) or is_spread(tensor)
+
+
 def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
     """Return tensors detached, and sharded ones whole, on the CPU, on the ranks that keep them.
 
@@ -118,7 +123,7 @@ def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]
     """
     gathered = {}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, DTensor) and not is_spread(tensor):
+        if not is_sharded(tensor):
             gathered[name] = tensor.detach().contiguous()
             continue
         with gathering(tensor):
