@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmtk.training.backend import Backend
 
 CONFIG, INFO, RESULTS, LOCK = "config.yaml", "run.json", "results.json", ".lock"
+PREDICTIONS = "predictions.jsonl"
 MAY_CHANGE = (
     "output_dir",
     "data.cache",
@@ -47,6 +48,8 @@ MAY_CHANGE = (
     "train.resume_from_checkpoint",
 )
 """Settings that a resumed run may change: how long and how it is watched, not what it computes."""
+CHOOSES = ("train.load_best_model_at_end", "train.metric_for_best_model", "train.greater_is_better")
+"""Those of them that choose the exported model. What another one has predicted is not gone on with."""
 
 
 class RunFolder:
@@ -230,6 +233,8 @@ class RunFolder:
                 f"the run in {self.path} cannot go on with other settings:\n{listed}\n"
                 "Take them back to go on, or give another output_dir to begin anew"
             )
+        if any(stored.get(key) != given.get(key) for key in CHOOSES):
+            (self.path / PREDICTIONS).unlink(missing_ok=True)
 
     def _write_facts(self, run: Run) -> None:
         from llmtk.config.reading import to_yaml

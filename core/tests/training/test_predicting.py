@@ -130,6 +130,19 @@ def test_another_model_answers_anew(make):
     assert len(predictions(after).splitlines()) == len(QUESTIONS)
 
 
+def test_a_run_that_chooses_its_model_otherwise_answers_anew(make, monkeypatch):
+    run = make()
+    run.train()
+    (run.output_dir / "results.json").unlink()  # as if it had been killed just before
+    answered, real = [], Output.write
+    monkeypatch.setattr(Output, "write", lambda self, lines: (answered.append(len(lines)), real(self, lines)))
+    make(resume="auto").train()
+    assert answered == []
+    (run.output_dir / "results.json").unlink()
+    make(train={"greater_is_better": True}, resume="auto").train()
+    assert answered == [4, 4, 3]
+
+
 class Judge(Lm):
     head = "value"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtk.errors import ConfigurationError, LlmtkError
-from llmtk.folder import RESULTS
+from llmtk.folder import PREDICTIONS, RESULTS
 from llmtk.generation import positions_of
 from llmtk.inference.model import TextModel
 from llmtk.inference.predictions import (
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from llmtk.generation import Completion, Sampling
     from llmtk.run import Run
 
-FILE = "predictions.jsonl"
 SECONDS = 30
 """Between two lines about how far it is."""
 
@@ -97,7 +96,7 @@ def write_predictions(run: Run) -> dict[str, float]:
         worth = _worth(run, lines) if run.backend.is_main else {}
     values = {f"predict_{name}": value for name, value in run.backend.broadcast(worth).items()}
     told = "".join(f"  {name} {value:.4f}" for name, value in values.items())
-    run.console.say(f"{len(lines):,} predictions in {run.output_dir / FILE}{told}")
+    run.console.say(f"{len(lines):,} predictions in {run.output_dir / PREDICTIONS}{told}")
     return values
 
 
@@ -141,7 +140,7 @@ def _opened(run: Run) -> Iterator[Output]:
     with ExitStack() as stack:
         with run.backend.together("opening the predictions", LlmtkError):
             if run.backend.is_main:
-                path = run.output_dir / FILE
+                path = run.output_dir / PREDICTIONS
                 if not _goes_on(run):
                     path.unlink(missing_ok=True)
                 mine = stack.enter_context(open_output(str(path), resume=True))
