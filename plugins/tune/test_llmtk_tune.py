@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -169,21 +168,19 @@ def test_a_trial_that_does_worse_is_pruned(words: list[str]) -> None:
 
 
 def test_a_sweep_that_is_stopped_goes_on(words: list[str]) -> None:
-    """Two real runs; the second is stopped in its midst, and ends as if it had not been."""
-    sweep = [*words, "--over", "train.learning_rate=1e-3,1e-2"]
+    """A real run is stopped in its midst, and ends as if it had not been."""
+    sweep = [*words, "--over", "train.learning_rate=1e-3"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     child = subprocess.Popen([sys.executable, "-m", "llmtk", *sweep], env=environment)
-    metrics = Path("runs/tune-sft/trial-002/metrics.jsonl")
+    metrics = Path("runs/tune-sft/trial-001/metrics.jsonl")
     while not (metrics.exists() and metrics.read_text().count("\n") > 1):
         assert child.poll() is None
         time.sleep(0.02)
     child.terminate()
     assert child.wait() == 1
-    assert StoredRun.read("runs/tune-sft/trial-002").status == "unfinished"
+    assert StoredRun.read("runs/tune-sft/trial-001").status == "unfinished"
     assert call(sweep) == 0
-    trials = results()["trials"]
-    assert [trial["state"] for trial in trials] == ["finished", "finished"]
-    for trial in trials:
-        curve = StoredRun.read(trial["folder"]).curve("eval_loss")
-        assert trial["value"] == curve[-1][1]
-        assert all(later == earlier + 1 for (earlier, _), (later, _) in pairwise(curve))
+    (trial,) = results()["trials"]
+    curve = StoredRun.read(trial["folder"]).curve("eval_loss")
+    assert (trial["state"], trial["value"]) == ("finished", curve[-1][1])
+    assert [step for step, _ in curve] == [1, 2, 3, 4]
