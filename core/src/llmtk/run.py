@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -309,7 +309,7 @@ class Run:
         self, batch: Batch, *, model: str | None = None, also: Iterable[str] = (), temperature: float = 1.0
     ) -> Scores:
         """Return the log-prob of every target token."""
-        return self._asked(batch, lambda: self._score(batch, model, also, temperature))
+        return self._asked(("score", model, temperature), batch, lambda: self._score(batch, model, also, temperature))
 
     def _score(self, batch: Batch, model: str | None, also: Iterable[str], temperature: float) -> Scores:
         if self.precomputed is not None and model == REFERENCE:
@@ -354,7 +354,8 @@ class Run:
 
     def values(self, batch: Batch, *, model: str | None = None) -> Tensor:
         """Return the value (targets,) at the position that predicts each target, by a head of one value a token."""
-        return self._asked(batch, lambda: self.scorers[model].values(self._forward(model, batch), batch))
+        scorer, forward = self.scorers[model], self._forward(model, batch)
+        return self._asked(("values", model), batch, lambda: scorer.values(forward, batch))
 
     def values_window(self, batch: Batch, *, model: str | None = None) -> Tensor:
         """Return a whole window's values (targets,), as `score_window` scores it. All ranks must call it together."""
@@ -366,7 +367,7 @@ class Run:
     def map_logits(self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = ()) -> Tensor:
         """Apply `fn(logits, *columns)` to the logits at target positions, with the exact gradient."""
         scorer, forward = self.scorers[None], self._forward(None, batch)
-        return self._asked(batch, lambda: scorer.map_logits(forward, batch, fn, columns))
+        return self._asked("map_logits", batch, lambda: scorer.map_logits(forward, batch, fn, columns))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None = None
@@ -670,8 +671,8 @@ class Run:
 
     # Small things
 
-    def _asked(self, batch: Batch, compute: Callable[[], Told]) -> Told:
-        return compute() if self._memory is None else self._memory.asked(batch, compute)
+    def _asked(self, question: Hashable, batch: Batch, compute: Callable[[], Told]) -> Told:
+        return compute() if self._memory is None else self._memory.asked(batch, compute, question)
 
     def _over_window(
         self, batch: Batch, model: str | None, fn: Callable[[Batch], Answer]

@@ -63,3 +63,11 @@ def test_what_was_not_asked_about_the_whole_is_refused():
         memory.asked(part, lambda: scores(part))
         with pytest.raises(PluginError, match="asks the model more about some groups"):
             memory.asked(part, lambda: scores(part))
+
+
+def test_another_question_in_the_place_of_one_is_refused():
+    memory = Memory()
+    for model in ("reference", None):
+        memory.asked(BATCH, lambda: scores(BATCH), ("score", model, 1.0))
+    with memory.of(BATCH, [0, 1]) as part, pytest.raises(PluginError, match=r"None, 1\.0\) where it was .*reference"):
+        memory.asked(part, lambda: scores(part), ("score", None, 1.0))

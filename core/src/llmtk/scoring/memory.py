@@ -6,7 +6,7 @@ models is one value or more per target. So its share of some groups follows from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -34,7 +34,7 @@ class Memory:
 
     def __init__(self, outer: Memory | None = None) -> None:
         self._outer = outer
-        self._told: list[tuple[Batch, Any]] = []
+        self._told: list[tuple[Hashable, Batch, Any]] = []
         self._groups: Sequence[int] | None = None
         self._next = 0
 
@@ -48,16 +48,24 @@ class Memory:
         finally:
             self._groups = None
 
-    def asked(self, batch: Batch, compute: Callable[[], Answer]) -> Answer:
-        """Compute an answer and take it down; or give that of a part. PluginError for a question not asked before."""
+    def asked(self, batch: Batch, compute: Callable[[], Answer], question: Hashable = None) -> Answer:
+        """Compute an answer and take it down; or give that of a part. PluginError for a question not asked before.
+
+        `question` is what is asked: which model, and for what.
+        """
         if self._groups is None:
-            answer = compute() if self._outer is None else self._outer.asked(batch, compute)
-            self._told.append((batch, answer))
+            answer = compute() if self._outer is None else self._outer.asked(batch, compute, question)
+            self._told.append((question, batch, answer))
             return answer
         if self._next == len(self._told):
             raise PluginError("compute_loss asks the model more about some groups of a micro-batch than about all")
-        whole, answer = self._told[self._next]
+        before, whole, answer = self._told[self._next]
         self._next += 1
+        if question != before:
+            raise PluginError(
+                f"compute_loss asks the model in another order about some groups of a micro-batch: {question} where it "
+                f"was {before} about all"
+            )
         if not torch.equal(part_of(whole, self._groups).host.tokens, batch.host.tokens):
             raise PluginError("compute_loss asks the model about other groups than those that it was given")
         return cast("Answer", _share(whole, self._groups, answer, batch))
