@@ -62,7 +62,7 @@ def command(models: tuple[str, ...], compare: bool, system: str | None, template
 
 
 def _read() -> str | None:
-    """Return the next line, or None at the end. On a terminal Ctrl-C drops the line alone: it may have come too late."""
+    """Return the next line, or None at the end. On a terminal Ctrl-C drops the line: it may have come too late."""
     prompt = ""
     if sys.stdin.isatty():
         prompt = "> "

@@ -128,7 +128,7 @@ def as_shell(command: Sequence[str], served: Served, cwd: Path) -> str:
 
 @contextmanager
 def running(command: Sequence[str], served: Served, cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a server, and end it when the block is left, as it is by SIGINT, SIGTERM and SIGHUP, or this process killed.
+    """Start a server, and end it when the block is left, as by SIGINT, SIGTERM and SIGHUP, or this process is killed.
 
     It starts in a folder that holds no other model of the same name, and in a session of its own: Ctrl-C reaches it
     once, through here.
