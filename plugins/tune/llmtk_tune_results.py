@@ -70,7 +70,7 @@ def plot(sweep: Sweep, study: Study) -> None:
     first.plot(numbers, values, "o")
     first.step(numbers, best_so_far, where="post", color="C1", label="best so far")
     first.set(xlabel="trial", ylabel=sweep.metric)
-    first.locator_params(axis="x", integer=True)
+    first.locator_params(axis="x", integer=True, min_n_ticks=1)
     first.legend()
     for axes, (key, space) in zip(others, sweep.space.items(), strict=True):
         points = [sweep.settings(trial)[key] for trial in finished]
@@ -78,6 +78,8 @@ def plot(sweep: Sweep, study: Study) -> None:
         axes.plot(points if numeric else [_short(point) for point in points], values, "o")
         if getattr(space, "log", False):
             axes.set_xscale("log")
+            # Within a decade every tick has a label, 2×10⁻⁵, 3×10⁻⁵, ...: level ones would lie upon each other.
+            axes.tick_params(axis="x", which="both", labelrotation=45)
         axes.set_xlabel(key)
     for axes in (first, *others):
         axes.grid(alpha=0.3)

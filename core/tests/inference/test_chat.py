@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -235,6 +236,10 @@ def test_a_chat_in_a_terminal(tmp_path: Path, model: LanguageModel) -> None:
     terminal.expect(rf"37\+48=\r\n{answer}\r\n[^\n]*> ")
     terminal.type(f"/save {tmp_path / 'saved.jsonl'}\n")
     terminal.expect(r"saved: (.|\n)*> ")
+    terminal.type("half a question")
+    terminal.expect("half a question")
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.expect(r"Ctrl-D ends\.(.|\n)*> ")
     terminal.type("/quit\n")
     terminal.expect("ended with 0")
     messages = json.loads((tmp_path / "saved.jsonl").read_text())["messages"]

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -231,6 +232,17 @@ def test_a_second_signal_leaves_no_server_behind(tmp_path: Path) -> None:
     assert server.returncode == -signal.SIGKILL
 
 
+def test_a_server_ends_with_who_has_started_it(tmp_path: Path) -> None:
+    """By SIGKILL too, of which `llmtk serve` hears nothing."""
+    program = (
+        "import os, sys; from pathlib import Path; from llmtk.inference import serving\n"
+        "served = serving.Served('a', None, chats=True)\n"
+        "with serving.running([sys.executable, '-c', 'import time; time.sleep(60)'], served, Path()):\n"
+        "    os.kill(os.getpid(), 9)"
+    )
+    # The server writes to the same pipe, which ends when both have: else this runs out of time.
+    killed = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE, timeout=50)
+    assert killed.returncode == -signal.SIGKILL
 def test_vllm_is_preferred_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(serving, "find_spec", lambda name: name)
     assert serving.choose_engine() == "vllm"

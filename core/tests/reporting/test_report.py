@@ -103,6 +103,19 @@ def test_what_a_run_writes_is_text_and_nothing_is_loaded_or_run(run):
     assert policy == "default-src 'none'; style-src 'unsafe-inline'"
 
 
+def test_predictions_stand_beside_what_was_to_be_said(run):
+    asked = [{"role": "user", "content": "37+48="}]
+    first = {"prompt": asked, "answer": 85, "completion": WILD, "stopped": "stop"}
+    talk = [{"role": "system", "content": "Add."}, *asked]
+    second = {"prompt": talk, "completions": ["84", "83"], "stopped": ["stop", "stop"]}
+    (run / "predictions.jsonl").write_text(lines(first, second, *[{"prompt": "late", "completion": ""}] * 9))
+    page = Page(report(StoredRun.read(run)))
+    words = " ".join(page.text.split())
+    assert f"37+48= 85 {WILD}" in words
+    assert "system: Add. user: 37+48= 84" in words
+    assert words.count("late") == 8
+
+
 def test_curves_of_training_and_evaluation_share_a_plot_and_gaps_are_left_out(run):
     assert panels_of(StoredRun.read(run)) == {
         "loss": {"training": [(10, 2.0)], "evaluation": [(20, 1.25)]},

@@ -55,12 +55,14 @@ def command(models: tuple[str, ...], compare: bool, system: str | None, template
                     return
             elif line:
                 _answer(chats, line)
+        except KeyboardInterrupt:  # before the answer began, or in its last moment
+            click.echo("interrupted", err=True)
         except LlmtkError as error:
             click.echo(f"error: {error}", err=True)
 
 
 def _read() -> str | None:
-    """Return the next line, or None at the end."""
+    """Return the next line, or None at the end. On a terminal Ctrl-C drops the line: it may have come too late."""
     prompt = ""
     if sys.stdin.isatty():
         prompt = "> "
@@ -70,6 +72,11 @@ def _read() -> str | None:
         return input(prompt).strip()
     except EOFError:
         return None
+    except KeyboardInterrupt:
+        if not prompt:
+            raise
+        click.echo("\nCtrl-D ends.", err=True)
+        return ""
     except UnicodeDecodeError:
         click.echo("error: that was no UTF-8", err=True)
         return ""

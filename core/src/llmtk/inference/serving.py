@@ -37,6 +37,8 @@ NEEDED = {
 """The servers, the preferred one first: the modules that they need, and how to get them."""
 PATIENCE = 10.0
 """Seconds that a server has to end in: it finishes the answers that it is writing."""
+_GUARD = 'read -r _; kill -TERM "$0"; sleep "$1"; kill -KILL -- "-$0"'
+"""Waits for the end of a pipe, and then ends a server."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def as_shell(command: Sequence[str], served: Served, cwd: Path) -> str:
 
 @contextmanager
 def running(command: Sequence[str], served: Served, cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a server, and end it when the block is left, as it is by SIGINT, SIGTERM and SIGHUP.
+    """Start a server, and end it when the block is left, as by SIGINT, SIGTERM and SIGHUP, or this process is killed.
 
     It starts in a folder that holds no other model of the same name, and in a session of its own: Ctrl-C reaches it
     once, through here.
@@ -136,7 +138,8 @@ def running(command: Sequence[str], served: Served, cwd: Path) -> Iterator[subpr
         # Its log is no output of ours: all of it goes to stderr.
         server = subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, stdout=2)
         try:
-            yield server
+            with _guarded(server):
+                yield server
         finally:
             _end(server)
 
@@ -208,6 +211,17 @@ def _end(server: subprocess.Popen[bytes]) -> None:
     except (subprocess.TimeoutExpired, KeyboardInterrupt, SystemExit):  # in a session of its own, it would stay behind
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+@contextmanager
+def _guarded(server: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Have a shell end the server where this process is killed: that closes the pipe which the shell reads from."""
+    words = ["sh", "-c", _GUARD, str(server.pid), str(int(PATIENCE))]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as guard:
+        try:
+            yield
+        finally:
+            guard.kill()
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def _draw(axes: Any, title: str, curves: Mapping[str, Curve]) -> None:
         steps, values = zip(*curve, strict=True)
         axes.plot(steps, values, label=label, marker="." if len(curve) < 30 else None)
     axes.set_title(title, parse_math=False)
-    axes.locator_params(axis="x", integer=True)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend()

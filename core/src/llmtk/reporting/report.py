@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llmtk.reporting.stored import StoredRun
 
 SAMPLES = 10
-"""Samples shown of the first step that has some, and as many of the last."""
+"""Samples shown of the first step that has some, and as many of the last; and predictions shown."""
 _EVALUATION = "eval_"
 
 
@@ -47,6 +47,7 @@ def report(run: StoredRun) -> str:
         tables=_tables(run),
         curves=Markup(curves_svg(panels)) if panels else "",
         samples=_samples(read_lines(run.path / "samples.jsonl")),
+        predictions=_predictions(run),
         config=(run.path / CONFIG).read_text(encoding="utf-8", errors="replace"),
     )
 
@@ -110,6 +111,28 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     steps = sorted({line["step"] for line in lines})
     shown = dict.fromkeys([*steps[:1], *steps[-1:]])
     return [line for step in shown for line in [line for line in lines if line["step"] == step][:SAMPLES]]
+
+
+def _predictions(run: StoredRun) -> list[Mapping[str, Any]]:
+    """Return the first predictions: what was asked, what was to be said, where that is known, and what was said."""
+    wanted = (run.config.get("predict") or {}).get("reference")
+    return [
+        {
+            "prompt": _dialogue(line.get("prompt")),
+            "reference": next((line[name] for name in (wanted, "reference", "answer") if name in line), None),
+            "completion": line.get("completion") or next(iter(line.get("completions") or ()), ""),
+        }
+        for line in read_lines(run.path / "predictions.jsonl")[:SAMPLES]
+    ]
+
+
+def _dialogue(prompt: Any) -> str:
+    """Return a prompt as text: what a user asked alone as it stands, else who said what."""
+    if not isinstance(prompt, list):
+        return _text(prompt)
+    if [message.get("role") for message in prompt] == ["user"]:
+        return _text(prompt[0].get("content"))
+    return "\n".join(f"{message.get('role')}: {_text(message.get('content'))}" for message in prompt)
 
 
 def _text(value: Any) -> str:
