@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmtk.batch import Batch, Mean
 from llmtk.config.problems import shown
 from llmtk.config.reading import merge, without_shorthands
-from llmtk.config.run_config import RunConfig, resolve
+from llmtk.config.run_config import SWITCHES, RunConfig, resolve
 from llmtk.contract import REFERENCE, Data, Dataset, Row, Stage
 from llmtk.errors import ConfigurationError, DatasetError, LlmtkError
 from llmtk.folder import RunFolder
@@ -86,7 +86,8 @@ class Run:
     """One run. Making it checks configuration and plugins; `train` does the rest.
 
     `stage` is an installed stage's name, or a `Stage` class or instance. The sections are mappings, as in a
-    configuration file; `model` may be a name, `data` a file or rows. The stage's options stand under its name.
+    configuration file; `model` may be a name, `data` a file or rows. The stage's options stand under its name. None is as
+    a section that is not given; for `peft`, `fsdp` and `deepspeed` it takes away a default, or what a resumed run had.
     `plugins` are names with their options, or instances.
 
         run = Run(stage="sft", model="path", data="rows.jsonl", train={"max_steps": 100}, output_dir="runs/a")
@@ -136,9 +137,8 @@ class Run:
         _refuse_plain(plugins)
         named = plugins if isinstance(plugins, Mapping) else {}
         instances = () if isinstance(plugins, Mapping) else plugins
-        layer = {name: value for name, value in sections.items() if value is not None} | (
-            {"plugins": named} if named else {}
-        )
+        given = {name: value for name, value in sections.items() if value is not None or name in SWITCHES}
+        layer = given | ({"plugins": named} if named else {})
         self.folder, layer = RunFolder.find(self.stage_name, without_shorthands(layer), resume)
         self.demo = None if _names_input(layer) else stage_class().demo()
         layers = [layer] if self.demo is None else [_demo_layer(self.demo), layer]
