@@ -595,7 +595,8 @@ class Run:
             self.backend.accelerator.init_trackers(config.run_name or self.output_dir.name)
         if not config.do_train:
             return self._evaluate_alone()
-        before = self._measure() if self.demo and checkpoint is None else None
+        if self.demo and checkpoint is None:
+            self.state.before = self._measure()
         if checkpoint is not None:
             snapshot.restore(self, checkpoint)
             self.saved_step = self.resumed_at = self.state.step
@@ -609,7 +610,7 @@ class Run:
             if self.saved_step != self.state.step:
                 loop.save_checkpoint(self)
         self.console.end(self.state.step)
-        return self._finish(before)
+        return self._finish()
 
     def _evaluate_alone(self) -> Result:
         """Evaluate the model as it is, and write what came of it."""
@@ -624,7 +625,7 @@ class Run:
         self.console.say(f"Done: {self.plan.eval_rows:,} rows evaluated. The metrics are in {result.output_dir}")
         return result
 
-    def _finish(self, before: Mapping[str, float] | None) -> Result:
+    def _finish(self) -> Result:
         """Export the model, write results, and say what came of it."""
         best = self.state.best
         path = checkpoints.path_of(self.checkpoints, best.step) if best else None
@@ -636,7 +637,7 @@ class Run:
         if self.config.train.do_predict:
             metrics |= write_predictions(self)
         if self.demo:
-            metrics |= {f"{name}_before": value for name, value in (before or {}).items()}
+            metrics |= {f"{name}_before": value for name, value in self.state.before.items()}
             metrics |= {f"{name}_after": value for name, value in self._measure().items()}
         result = Result(
             final_loss=self.state.last_loss,

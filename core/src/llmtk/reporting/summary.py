@@ -83,7 +83,9 @@ def say_result(run: Run, result: Result) -> None:
     loss = "not logged" if result.final_loss is None else f"{result.final_loss:.4f}"
     why = f" ({run.state.stopped_by} stopped the run)" if run.state.stopped_by else ""
     steps = f"{result.steps} step{'s' * (result.steps != 1)}"
-    say(f"Done: {steps}{why}, loss {loss}. Model, metrics and plot are in {result.output_dir}")
+    # A run that is resumed at its last step: what comes after it is made again, or, if it was cut short, to the end.
+    done = "Nothing left to train, the run has taken all of its steps" if run.resumed_at == result.steps else "Done"
+    say(f"{done}: {steps}{why}, loss {loss}. Model, metrics and plot are in {result.output_dir}")
     if run.demo:
         say(f"Your own: llmtk run {run.stage_name} model.name_or_path=MODEL data.train=ROWS.jsonl data.eval=0.1")
 
