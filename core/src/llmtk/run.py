@@ -86,8 +86,8 @@ class Run:
     """One run. Making it checks configuration and plugins; `train` does the rest.
 
     `stage` is an installed stage's name, or a `Stage` class or instance. The sections are mappings, as in a
-    configuration file; `model` may be a name, `data` a file or rows. The stage's options stand under its name. None is as
-    a section that is not given; for `peft`, `fsdp` and `deepspeed` it takes away a default, or what a resumed run had.
+    configuration file; `model` may be a name, `data` a file or rows. The stage's options stand under its name. None is
+    as a section not given; for `peft`, `fsdp` and `deepspeed` it takes away a default, or what a resumed run had.
     `plugins` are names with their options, or instances.
 
         run = Run(stage="sft", model="path", data="rows.jsonl", train={"max_steps": 100}, output_dir="runs/a")
@@ -227,6 +227,7 @@ class Run:
     def prepare(self) -> Plan:
         """Load data and model, and return what `train` would do. Nothing is trained, and nothing written."""
         self._set_up(only_to_plan=True)
+        self.folder.check_same_run(self)
         return self.plan
 
     def evaluate(self, data: str | list[str] | list[dict[str, Any]] | None = None) -> dict[str, float]:

@@ -14,9 +14,13 @@ if TYPE_CHECKING:
 
 def say_plan(run: Run, checkpoint: Path | None) -> None:
     """Print what the run is going to do."""
-    for line in plan_lines(run):
+    for line in [*plan_lines(run), output_line(run, checkpoint)]:
         run.console.say(line)
-    run.console.say(f"output     {run.output_dir}" + (f", going on from {checkpoint.name}" if checkpoint else ""))
+
+
+def output_line(run: Run, checkpoint: Path | None) -> str:
+    """Return where the run is written, and from where it goes on."""
+    return f"output     {run.output_dir}" + (f", going on from {checkpoint.name}" if checkpoint else "")
 
 
 def plan_lines(run: Run) -> list[str]:
