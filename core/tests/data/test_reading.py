@@ -117,6 +117,16 @@ def test_ambiguous_columns_are_refused() -> None:
     assert "Leave out the columns of all but one, in the data or with data.columns ({NAME: null})" in message
 
 
+def test_rows_of_several_formats_are_told_apart(tmp_path: Path) -> None:
+    talk, pair = {"messages": [ASK, ANSWER]}, {"prompt": "1+1?", "completion": "2", "source": "x"}
+    path = write(tmp_path, "mixed.jsonl", [talk, talk, pair, {"note": "neither"}, pair | {"source": None}])
+    assert refusal(path) == (
+        f"{path} mixes rows of 2 formats: {path}:1 is messages (its columns: messages); {path}:3 is prompt/completion "
+        "(its columns: completion, prompt, source). Put the rows of each into a file of its own, and give them all: "
+        "data.train=[FIRST.jsonl, SECOND.jsonl]"
+    )
+
+
 def test_unknown_columns_are_told_with_what_each_format_needs(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", [{"query": "1+1?", "answer": "2"}])
     message = refusal(path)

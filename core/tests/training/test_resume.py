@@ -281,7 +281,9 @@ def test_other_plugins_that_keep_state_are_refused_and_all_listed(tmp_path):
 
 
 def test_other_plugins_of_the_configuration_are_refused(stopped):
-    with pytest.raises(ConfigurationError, match=r"other settings:\n  plugins\.early-stopping\.patience: None -> 3\nTake them back"):
+    with pytest.raises(
+        ConfigurationError, match=r"other settings:\n  plugins\.early-stopping\.patience: None -> 3\nTake them back"
+    ):
         make(stopped, plugins={"early-stopping": {"patience": 3}}, resume="auto").train()
 
 
