@@ -137,6 +137,8 @@ def test_other_programs_names_are_of_keys_that_there_are() -> None:
         ({"plugins": {"a": 3}}, "plugins.a: expected keys and values, got 3"),
         ({"plugins": ["a"]}, 'plugins: expected keys and values, got ["a"]'),
         ({"data": {"train": 3}}, "data.train: expected text or keys and values or a list, got 3"),
+        ({"data": {"eval": "10%"}}, "data: eval: a share is written 0.1, not 10%"),
+        ({"data": {"test": "2.5 %"}}, "data: test: a share is written 0.025, not 2.5 %"),
         ({"data": {"eval": 1.5}}, "data: eval is a share of the training data between 0 and 1"),
         ({"model": {"tokenizer": {"kind": "x"}}}, "model.tokenizer.kind: expected 'char', 'bpe' or 'byte', got \"x\""),
         ({"model": {"tokenizer": {}}}, "model.tokenizer.kind: required, and not given"),

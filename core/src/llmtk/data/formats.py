@@ -399,8 +399,8 @@ def refuse_mixed(kinds: Mapping[frozenset[str], str], row_types: Sequence[str], 
             first.setdefault(entry.name, f"{place} is {entry.name} (its columns: {', '.join(sorted(columns))})")
     if len(first) > 1:
         raise DatasetError(
-            f"{where} mixes rows of {len(first)} formats: {'; '.join(first.values())}. Put the rows of each into a file "
-            "of its own, and give them all: data.train=[FIRST.jsonl, SECOND.jsonl]"
+            f"{where} mixes rows of {len(first)} formats: {'; '.join(first.values())}. Put the rows of each into a "
+            "file of its own, and give them all: data.train=[FIRST.jsonl, SECOND.jsonl]"
         )
 
 
