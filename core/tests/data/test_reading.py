@@ -56,6 +56,14 @@ def test_messages_keep_their_tools_and_lose_null_fields() -> None:
     assert row == Dialogue([ASK, ANSWER], [{"name": "add"}], place="row 1")
 
 
+def test_content_in_parts_of_text_is_joined() -> None:
+    parts = [{"type": "text", "text": "1+1"}, {"type": "text", "text": "?", "image_url": None}]
+    pair = {"prompt": [dict(ASK, content=parts)], "chosen": [dict(ANSWER, content=parts[1:])], "rejected": [ANSWER]}
+    assert read_rows([{"messages": [dict(ASK, content=parts), ANSWER]}], SFT)[0].messages == [ASK, ANSWER]
+    (row,) = read_rows([pair], ("pair",))
+    assert (row.prompt, row.chosen) == ([ASK], [dict(ANSWER, content="?")])
+
+
 def test_alpaca_joins_instruction_and_input_and_keeps_system_and_history() -> None:
     columns = {
         "instruction": "Add.",
@@ -156,6 +164,10 @@ def test_a_format_of_another_row_type_is_told() -> None:
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}, ANSWER]},
             "content of message 1 of messages (user) is a list; text is expected",
+        ),
+        (
+            {"messages": [dict(ASK, content=[{"type": "text", "text": "?"}, {"type": "image_url"}]), ANSWER]},
+            "content of message 1 of messages (user) is a list; text is expected, or parts that are all of type text",
         ),
         ({"messages": [ASK, dict(ANSWER, content="\ud800")]}, "holds half a surrogate pair at character 0"),
         ({"messages": [ASK, ANSWER], "tools": {"name": "add"}}, "tools is an object; a list of objects is expected"),

@@ -272,13 +272,23 @@ def _question(columns: Columns, place: str) -> Row:
 
 
 def _clean(messages: Any) -> Any:
-    """Leave out null fields of messages: a template takes ``tool_calls: null`` for a tool call."""
+    """Leave out null fields of messages: a template takes ``tool_calls: null`` for a tool call. Join parts of text."""
     if not isinstance(messages, list):
         return messages
-    return [
-        {name: value for name, value in message.items() if value is not None} if isinstance(message, dict) else message
-        for message in messages
-    ]
+    return [_clean_message(message) if isinstance(message, dict) else message for message in messages]
+
+
+def _clean_message(message: Message) -> Message:
+    said = {name: value for name, value in message.items() if value is not None}
+    parts = said.get("content")
+    if isinstance(parts, list) and parts and all(map(_is_text_part, parts)):
+        said["content"] = "".join(part["text"] for part in parts)
+    return said
+
+
+def _is_text_part(part: object) -> bool:
+    """Whether a part of a content, as OpenAI's newer form has them, is text: ``{"type": "text", "text": "..."}``."""
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _tools(columns: Columns) -> Any:
