@@ -115,8 +115,8 @@ class RunFolder:
         with run.backend.together("opening output_dir", ConfigurationError):
             if run.backend.is_main:
                 self._take()
-                if self._resume is not None and (self.path / INFO).exists():
-                    self._check_same_run(run)
+                self.check_same_run(run)
+                self._drop_predictions_of_another_model(run)
                 self._write_facts(run)
         with run.backend.together("looking into output_dir", ConfigurationError):
             if not (self.path / CONFIG).is_file():  # every rank writes to the run's checkpoints
@@ -124,6 +124,29 @@ class RunFolder:
                     f"output_dir {self.path} is not on the machine of rank {run.backend.rank}. Give a folder on a file "
                     "system that all machines share, by its whole path"
                 )
+
+    def check_same_run(self, run: Run) -> None:
+        """Refuse to go on with other settings or other data. ConfigurationError lists what differs."""
+        if self._resume is None or not (self.path / INFO).exists():
+            return
+        stored = flat(read_file(self.path / CONFIG))
+        given = flat(settings_of(run))
+        keys = sorted(stored.keys() | given.keys())
+        changed = [
+            f"  {key}: {stored.get(key)!r} -> {given.get(key)!r}"
+            for key, following in zip(keys, [*keys[1:], ""], strict=True)
+            if stored.get(key) != given.get(key)
+            and not may_change(run, key)
+            and not following.startswith(f"{key}.")  # an empty section, and what stands in it now
+        ]
+        if (was := self.info().get("data")) and was != _data_hashes(run):
+            changed.append("  the rows themselves: the data has changed since the checkpoint was written")
+        if changed:
+            listed = "\n".join(changed)
+            raise ConfigurationError(
+                f"the run in {self.path} cannot go on with other settings:\n{listed}\n"
+                "Take them back to go on, or give another output_dir to begin anew"
+            )
 
     def checkpoint_to_resume(self, backend: Backend, say: Callable[[str], None]) -> Path | None:
         """Return the checkpoint to go on from, or None for a fresh start. CheckpointError for a damaged one."""
@@ -213,28 +236,13 @@ class RunFolder:
         self._lock.write(str(os.getpid()))
         self._lock.flush()
 
-    def _check_same_run(self, run: Run) -> None:
-        """Refuse to go on with other settings or other data. ConfigurationError lists what differs."""
-        stored = flat(read_file(self.path / CONFIG))
-        given = flat(settings_of(run))
-        keys = sorted(stored.keys() | given.keys())
-        changed = [
-            f"  {key}: {stored.get(key)!r} -> {given.get(key)!r}"
-            for key, following in zip(keys, [*keys[1:], ""], strict=True)
-            if stored.get(key) != given.get(key)
-            and not may_change(run, key)
-            and not following.startswith(f"{key}.")  # an empty section, and what stands in it now
-        ]
-        if (was := self.info().get("data")) and was != _data_hashes(run):
-            changed.append("  the rows themselves: the data has changed since the checkpoint was written")
-        if changed:
-            listed = "\n".join(changed)
-            raise ConfigurationError(
-                f"the run in {self.path} cannot go on with other settings:\n{listed}\n"
-                "Take them back to go on, or give another output_dir to begin anew"
-            )
+    def _drop_predictions_of_another_model(self, run: Run) -> None:
+        """Take predictions away where the run is gone on with, and told to choose its model otherwise."""
+        if not (self.path / PREDICTIONS).exists() or not (self.path / CONFIG).exists():
+            return
+        stored, given = flat(read_file(self.path / CONFIG)), flat(settings_of(run))
         if any(stored.get(key) != given.get(key) for key in CHOOSES):
-            (self.path / PREDICTIONS).unlink(missing_ok=True)
+            (self.path / PREDICTIONS).unlink()
 
     def _write_facts(self, run: Run) -> None:
         from llmtk.config.reading import to_yaml

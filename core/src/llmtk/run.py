@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmtk.batch import Batch, Mean
 from llmtk.config.problems import shown
 from llmtk.config.reading import merge, without_shorthands
-from llmtk.config.run_config import RunConfig, resolve
+from llmtk.config.run_config import SWITCHES, RunConfig, resolve
 from llmtk.contract import REFERENCE, Data, Dataset, Row, Stage
 from llmtk.errors import ConfigurationError, DatasetError, LlmtkError
 from llmtk.folder import RunFolder
@@ -86,7 +86,8 @@ class Run:
     """One run. Making it checks configuration and plugins; `train` does the rest.
 
     `stage` is an installed stage's name, or a `Stage` class or instance. The sections are mappings, as in a
-    configuration file; `model` may be a name, `data` a file or rows. The stage's options stand under its name.
+    configuration file; `model` may be a name, `data` a file or rows. The stage's options stand under its name. None is
+    as a section not given; for `peft`, `fsdp` and `deepspeed` it takes away a default, or what a resumed run had.
     `plugins` are names with their options, or instances.
 
         run = Run(stage="sft", model="path", data="rows.jsonl", train={"max_steps": 100}, output_dir="runs/a")
@@ -136,9 +137,8 @@ class Run:
         _refuse_plain(plugins)
         named = plugins if isinstance(plugins, Mapping) else {}
         instances = () if isinstance(plugins, Mapping) else plugins
-        layer = {name: value for name, value in sections.items() if value is not None} | (
-            {"plugins": named} if named else {}
-        )
+        given = {name: value for name, value in sections.items() if value is not None or name in SWITCHES}
+        layer = given | ({"plugins": named} if named else {})
         self.folder, layer = RunFolder.find(self.stage_name, without_shorthands(layer), resume)
         self.demo = None if _names_input(layer) else stage_class().demo()
         layers = [layer] if self.demo is None else [_demo_layer(self.demo), layer]
@@ -229,6 +229,7 @@ class Run:
     def prepare(self) -> Plan:
         """Load data and model, and return what `train` would do. Nothing is trained, and nothing written."""
         self._set_up(only_to_plan=True)
+        self.folder.check_same_run(self)
         return self.plan
 
     def evaluate(self, data: str | list[str] | list[dict[str, Any]] | None = None) -> dict[str, float]:
@@ -598,7 +599,8 @@ class Run:
             self.backend.accelerator.init_trackers(config.run_name or self.output_dir.name)
         if not config.do_train:
             return self._evaluate_alone()
-        before = self._measure() if self.demo and checkpoint is None else None
+        if self.demo and checkpoint is None:
+            self.state.before = self._measure()
         if checkpoint is not None:
             snapshot.restore(self, checkpoint)
             self.saved_step = self.resumed_at = self.state.step
@@ -612,7 +614,7 @@ class Run:
             if self.saved_step != self.state.step:
                 loop.save_checkpoint(self)
         self.console.end(self.state.step)
-        return self._finish(before)
+        return self._finish()
 
     def _evaluate_alone(self) -> Result:
         """Evaluate the model as it is, and write what came of it."""
@@ -627,7 +629,7 @@ class Run:
         self.console.say(f"Done: {self.plan.eval_rows:,} rows evaluated. The metrics are in {result.output_dir}")
         return result
 
-    def _finish(self, before: Mapping[str, float] | None) -> Result:
+    def _finish(self) -> Result:
         """Export the model, write results, and say what came of it."""
         best = self.state.best
         path = checkpoints.path_of(self.checkpoints, best.step) if best else None
@@ -639,7 +641,7 @@ class Run:
         if self.config.train.do_predict:
             metrics |= write_predictions(self)
         if self.demo:
-            metrics |= {f"{name}_before": value for name, value in (before or {}).items()}
+            metrics |= {f"{name}_before": value for name, value in self.state.before.items()}
             metrics |= {f"{name}_after": value for name, value in self._measure().items()}
         result = Result(
             final_loss=self.state.last_loss,

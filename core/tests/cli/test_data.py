@@ -82,11 +82,11 @@ def test_check_names_every_bad_row_without_a_model(ask: Any) -> None:
 def test_check_of_good_rows_tokenises_them_where_it_can(ask: Any) -> None:
     write("pairs.jsonl", [*PAIRS, {"prompt": "abcdefghijkl", "chosen": "m", "rejected": "n"}])
     code, out, _ = ask("check", "data.train=pairs.jsonl")
-    assert (code, out) == (0, "No problem in 3 rows. They were not tokenised: no model is named.\n")
+    assert (code, out) == (0, "No problem in 3 rows. Nothing was tokenised: no model is named.\n")
     code, out, _ = ask("check", MODEL, TOKENIZER, "data.train=pairs.jsonl", "data.max_length=8")
     assert code == 0
     assert "Rows left out, no target within max_length, 8: 1 (pairs.jsonl:3)." in out
-    assert out.endswith("No problem in 3 rows; 2 are left as the stage encodes them.\n")
+    assert out.endswith("No problem in 3 rows; as the stage encodes them: 2.\n")
 
 
 def test_stats(ask: Any) -> None:

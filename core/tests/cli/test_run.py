@@ -50,7 +50,9 @@ def test_words_become_a_run(file: str, runs: list[Any], llmtk: Any, words: list[
         (["toy", "none.yaml"], "none.yaml: there is no such configuration file"),
         (["toy", "./rows.jsonl"], "./rows.jsonl is no configuration. To train on it: data.train=./rows.jsonl"),
         (["toy", "a..b=1"], "a..b=1: the key is incomplete"),
-        (["toy", "--nope"], "No such option '--nope'"),
+        (["toy", "--nope"], "No such option '--nope'.\nA setting is written without dashes: KEY=VALUE"),
+        (["toy", "--learning_rate", "1e-4"], "A setting is written without dashes: train.learning_rate=VALUE"),
+        (["toy", "--load-in-4bit"], "A setting is written without dashes: model.quantization=4bit"),
     ],
 )
 def test_wrong_words_are_bad_input(file: str, runs: list[Any], llmtk: Any, words: list[str], said: str) -> None:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
 from llmtk.config.described import described_keys
+from llmtk.config.other_names import NO_KEY, OTHER_NAMES
+from llmtk.config.problems import known_keys
 from llmtk.config.reading import read_file
 from llmtk.config.run_config import dump, json_schema, resolve, run_config_model
 from llmtk.config.sections import Section
@@ -88,6 +90,12 @@ def test_an_empty_section_is_one_with_every_line_commented_out() -> None:
     assert resolve("toy", Toy, {"peft": {}}).peft is not None
 
 
+def test_other_programs_names_are_of_keys_that_there_are() -> None:
+    known = set(known_keys(run_config_model("toy", Toy)))
+    assert {key.partition(":")[0] for key in OTHER_NAMES.values()} <= known
+    assert not {*OTHER_NAMES, *NO_KEY} & {key.rpartition(".")[2] for key in known}
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
@@ -96,6 +104,11 @@ def test_an_empty_section_is_one_with_every_line_commented_out() -> None:
         ({"train": {"max_length": 8}}, "train.max_length: unknown key. Did you mean data.max_length?"),
         ({"train": {"beta": 8}}, "train.beta: unknown key. Did you mean toy.beta?"),
         ({"trian": {}}, "trian: unknown key. Did you mean train?"),
+        ({"train": {"learning-rate": 1}}, "train.learning-rate: unknown key. Did you mean train.learning_rate?"),
+        ({"cutoff_len": 8}, "cutoff_len: unknown key. Did you mean data.max_length?"),
+        ({"peft": {"lora_rank": 8}}, "peft.lora_rank: unknown key. Did you mean peft.r?"),
+        ({"toy": {"assistant_only_loss": True}}, "unknown key. Did you mean data.loss_on: assistant?"),
+        ({"toy": {"packing": True}}, "toy.packing: unknown key. Rows are packed without one, where the model is"),
         ({"toy": {"los": "nll"}}, "toy.los: unknown key. Did you mean toy.loss?"),
         ({"toy": {"qqq": 1}}, "toy.qqq: unknown key. The keys here are loss, beta, names, tau."),
         ({"grpo": {}}, "grpo: unknown key. The keys here are stage, model, data, peft, train, fsdp, deepspeed, toy"),
@@ -124,6 +137,8 @@ def test_an_empty_section_is_one_with_every_line_commented_out() -> None:
         ({"plugins": {"a": 3}}, "plugins.a: expected keys and values, got 3"),
         ({"plugins": ["a"]}, 'plugins: expected keys and values, got ["a"]'),
         ({"data": {"train": 3}}, "data.train: expected text or keys and values or a list, got 3"),
+        ({"data": {"eval": "10%"}}, "data: eval: a share is written 0.1, not 10%"),
+        ({"data": {"test": "2.5 %"}}, "data: test: a share is written 0.025, not 2.5 %"),
         ({"data": {"eval": 1.5}}, "data: eval is a share of the training data between 0 and 1"),
         ({"model": {"tokenizer": {"kind": "x"}}}, "model.tokenizer.kind: expected 'char', 'bpe' or 'byte', got \"x\""),
         ({"model": {"tokenizer": {}}}, "model.tokenizer.kind: required, and not given"),

@@ -13,6 +13,12 @@ SHARED = Path(__file__).parents[3].parent / "shared" / "data"
 MakeTokenizer = Callable[..., Any]
 
 
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the hub out of reach."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(scope="session")
 def make_tokenizer() -> MakeTokenizer:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors

@@ -56,6 +56,14 @@ def test_messages_keep_their_tools_and_lose_null_fields() -> None:
     assert row == Dialogue([ASK, ANSWER], [{"name": "add"}], place="row 1")
 
 
+def test_content_in_parts_of_text_is_joined() -> None:
+    parts = [{"type": "text", "text": "1+1"}, {"type": "text", "text": "?", "image_url": None}]
+    pair = {"prompt": [dict(ASK, content=parts)], "chosen": [dict(ANSWER, content=parts[1:])], "rejected": [ANSWER]}
+    assert read_rows([{"messages": [dict(ASK, content=parts), ANSWER]}], SFT)[0].messages == [ASK, ANSWER]
+    (row,) = read_rows([pair], ("pair",))
+    assert (row.prompt, row.chosen) == ([ASK], [dict(ANSWER, content="?")])
+
+
 def test_alpaca_joins_instruction_and_input_and_keeps_system_and_history() -> None:
     columns = {
         "instruction": "Add.",
@@ -117,6 +125,16 @@ def test_ambiguous_columns_are_refused() -> None:
     assert "Leave out the columns of all but one, in the data or with data.columns ({NAME: null})" in message
 
 
+def test_rows_of_several_formats_are_told_apart(tmp_path: Path) -> None:
+    talk, pair = {"messages": [ASK, ANSWER]}, {"prompt": "1+1?", "completion": "2", "source": "x"}
+    path = write(tmp_path, "mixed.jsonl", [talk, talk, pair, {"note": "neither"}, pair | {"source": None}])
+    assert refusal(path) == (
+        f"{path} mixes rows of 2 formats: {path}:1 is messages (its columns: messages); {path}:3 is prompt/completion "
+        "(its columns: completion, prompt, source). Put the rows of each into a file of its own, and give them all: "
+        "data.train=[FIRST.jsonl, SECOND.jsonl]"
+    )
+
+
 def test_unknown_columns_are_told_with_what_each_format_needs(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", [{"query": "1+1?", "answer": "2"}])
     message = refusal(path)
@@ -146,6 +164,10 @@ def test_a_format_of_another_row_type_is_told() -> None:
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}, ANSWER]},
             "content of message 1 of messages (user) is a list; text is expected",
+        ),
+        (
+            {"messages": [dict(ASK, content=[{"type": "text", "text": "?"}, {"type": "image_url"}]), ANSWER]},
+            "content of message 1 of messages (user) is a list; text is expected, or parts that are all of type text",
         ),
         ({"messages": [ASK, dict(ANSWER, content="\ud800")]}, "holds half a surrogate pair at character 0"),
         ({"messages": [ASK, ANSWER], "tools": {"name": "add"}}, "tools is an object; a list of objects is expected"),

@@ -207,7 +207,15 @@ def test_a_hub_data_set_without_a_network(monkeypatch: pytest.MonkeyPatch) -> No
     assert message.startswith(
         "openai/gsm8k (no such file here, so it was looked for on the hub) cannot be loaded: Couldn't reach"
     )
-    assert "without a network, give a file" in message
+    assert "Without a network, give a file" in message
+
+
+def test_a_hub_that_does_not_answer_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    message = refusal(DataConfig(train="no-such/rows"))
+    assert message.startswith("no-such/rows does not exist here, and http://127.0.0.1:9 cannot be reached (")
+    assert "Without a network, give a file" in message
 
 
 def test_settings_of_the_hub_are_refused_for_a_file(tmp_path: Path) -> None:

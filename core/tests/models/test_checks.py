@@ -45,7 +45,8 @@ def test_importing_the_checks_imports_nothing_heavy():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
-def test_sound_sections_pass(folder):
+def test_sound_sections_pass(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     check_model(ModelConfig(name_or_path=str(folder)))
     check_model(ModelConfig(name_or_path="some-org/some-model"))
     check_model(ModelConfig(from_config=LLAMA, tokenizer=CHAR))
@@ -192,6 +193,14 @@ def test_a_hub_name_that_the_hub_does_not_give(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelLoadError, match="no such folder here, so it was looked for on the hub"):
         load_tokenizer(ModelConfig(name_or_path="llmtk-tests/no-such-model"))
+
+
+def test_a_hub_that_does_not_answer_is_told_at_once(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        ModelLoadError, match=r"no folder no-such/model, and http://127\.0\.0\.1:9 cannot be reached \("
+    ):
+        check_model(ModelConfig(name_or_path="no-such/model"))
 
 
 def test_builtin_is_a_folder_of_the_package():

@@ -224,3 +224,17 @@ def test_a_plan_is_of_a_free_folder(tmp_path):
     make(tmp_path / "run", max_steps=1, eval=EVAL).train()
     with pytest.raises(ConfigurationError, match="holds a run of stage lm"):
         make(tmp_path / "run").prepare()
+
+
+def test_a_run_that_goes_on_is_planned(tmp_path, words, capsys):
+    assert call(["run", *words]) == 0
+    written = sorted((file, file.stat().st_mtime_ns) for file in (tmp_path / "run").rglob("*"))
+    capsys.readouterr()
+    longer = [f"output_dir={tmp_path / 'run'}", "train.max_steps=5"]
+    assert call(["plan", "pt", *longer, "--resume"]) == 0
+    out = capsys.readouterr().out
+    assert "steps      5, each of 2 rows" in out
+    assert "going on from checkpoint-000003" in out
+    assert call(["plan", "pt", *longer, "train.learning_rate=1", "--resume"]) == 2
+    assert "cannot go on with other settings:\n  train.learning_rate: 0.0005 -> 1.0\n" in capsys.readouterr().err
+    assert sorted((file, file.stat().st_mtime_ns) for file in (tmp_path / "run").rglob("*")) == written

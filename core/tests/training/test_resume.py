@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llmtk import CheckpointError, ConfigurationError, LossOutput, Mean, Round, Run, Term, hookimpl
+from llmtk.cli.run import made
 from llmtk.run import Interrupted
 from llmtk.training import checkpoints
 
@@ -288,7 +289,9 @@ def test_other_plugins_that_keep_state_are_refused_and_all_listed(tmp_path):
 
 
 def test_other_plugins_of_the_configuration_are_refused(stopped):
-    with pytest.raises(ConfigurationError, match=r"other settings:\n  plugins\.early-stopping\.patience: None -> 3\n"):
+    with pytest.raises(
+        ConfigurationError, match=r"other settings:\n  plugins\.early-stopping\.patience: None -> 3\nTake them back"
+    ):
         make(stopped, plugins={"early-stopping": {"patience": 3}}, resume="auto").train()
 
 
@@ -328,6 +331,15 @@ def test_other_settings_are_refused_and_all_listed(stopped, capsys):
     assert "stands. Go on from it" not in capsys.readouterr().out
     assert (stopped / "config.yaml").read_bytes() == written
     make(stopped, resume="auto").train()  # and the folder is free
+
+
+@pytest.mark.parametrize("section", ["fsdp", "deepspeed", "peft"])
+def test_null_takes_a_section_away_that_the_run_had(tmp_path, section):
+    (tmp_path / "config.yaml").write_text(f"stage: sft\ndata: {{train: rows.jsonl}}\n{section}: {{}}\n")
+    words = ["sft", f"output_dir={tmp_path}"]
+    assert getattr(made(words, "auto").config, section) is not None
+    assert getattr(made([*words, f"{section}=null"], "auto").config, section) is None
+    assert getattr(Run("sft", output_dir=str(tmp_path), resume="auto", **{section: None}).config, section) is None
 
 
 @pytest.mark.parametrize(

@@ -362,7 +362,7 @@ def test_errors_before_training_leave_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_demo_measures_before_and_after(tmp_path):
+def test_a_demo_measures_before_and_after(tmp_path, capsys):
     """The stage's own demo, cut down to a few sums."""
     try:
         resolve("builtin")
@@ -382,4 +382,14 @@ def test_a_demo_measures_before_and_after(tmp_path):
 
     result = short(1).train()
     assert all(result.metrics[name] in [n / 8 for n in range(9)] for name in ("figure_before", "figure_after"))
-    assert short(2, "auto").train().steps == 2
+
+    written = (tmp_path / "run" / "results.json").read_bytes()
+    capsys.readouterr()
+    short(1, "auto").train()
+    assert "Nothing left to train, the run has taken all of its steps: 1 step, loss" in capsys.readouterr().out
+    assert (tmp_path / "run" / "results.json").read_bytes() == written
+
+    longer = short(2, "auto").train()
+    assert longer.steps == 2
+    assert longer.metrics["figure_before"] == result.metrics["figure_before"]
+    assert "Done: 2 steps" in capsys.readouterr().out

@@ -63,6 +63,8 @@ def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
 def _say(error: Exception) -> int:
     if isinstance(error, click.ClickException):
         error.show()
+        if isinstance(error, click.NoSuchOption) and not error.possibilities:
+            _say_how_settings_are_written(error)
         return error.exit_code
     if isinstance(error, LlmtkError):
         click.echo(f"error: {error}", err=True)
@@ -72,6 +74,18 @@ def _say(error: Exception) -> int:
         return 1
     click.echo(f"error: {type(error).__name__}: {error}\n{_REPORT}", err=True)
     return 1
+
+
+def _say_how_settings_are_written(error: click.NoSuchOption) -> None:
+    """Say for `--learning_rate 1e-4`, where settings are taken, how it is written."""
+    if error.ctx is None or not any("KEY=VALUE" in (argument.metavar or "") for argument in error.ctx.command.params):
+        return
+    from llmtk.config.problems import meant
+    from llmtk.config.run_config import RunConfig
+
+    keys = meant(error.option_name.lstrip("-"), RunConfig) or ["KEY"]
+    spelt = " or ".join(key.replace(": ", "=") if ": " in key else f"{key}=VALUE" for key in keys)
+    click.echo(f"A setting is written without dashes: {spelt}", err=True)
 
 
 def _is_want_of_memory(error: Exception) -> bool:

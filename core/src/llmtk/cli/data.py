@@ -13,6 +13,7 @@ import click
 from llmtk.cli.run import layers_of, sort_words
 from llmtk.cli.tables import as_json
 from llmtk.errors import ConfigurationError
+from llmtk.reporting.console import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -75,16 +76,16 @@ def check(ctx: click.Context, words: tuple[str, ...]) -> None:
     for problem in reading.bad:
         click.echo(": ".join(filter(None, problem)))
     if reading.bad:
-        click.echo(f"{len(reading.bad)} problem{'s' * (len(reading.bad) != 1)} in {reading.total:,} rows.")
+        click.echo(f"{counted(len(reading.bad), 'problem')} in {counted(reading.total, 'row')}.")
         ctx.exit(1)
     model = run.config.model
     if (model.name_or_path or model.from_config) and not run.config.data.streaming:
         data = run.load_data()
         left = sum(len(rows) for name in SPLITS if (rows := getattr(data, name)) is not None)
-        click.echo(f"No problem in {reading.total:,} rows; {left:,} are left as the stage encodes them.")
+        click.echo(f"No problem in {counted(reading.total, 'row')}; as the stage encodes them: {left:,}.")
     else:
         why = "they are streamed" if run.config.data.streaming else "no model is named"
-        click.echo(f"No problem in {reading.total:,} rows. They were not tokenised: {why}.")
+        click.echo(f"No problem in {counted(reading.total, 'row')}. Nothing was tokenised: {why}.")
 
 
 @command.command("stats")
@@ -97,7 +98,7 @@ def stats(words: tuple[str, ...], for_scripts: bool) -> None:
     if for_scripts:
         as_json(found)
     else:
-        click.echo("\n".join(line for name, counted in found.items() for line in _summary(name, counted)))
+        click.echo("\n".join(line for name, split in found.items() for line in _summary(name, split)))
 
 
 def _run(words: Sequence[str]) -> Run:
@@ -167,30 +168,30 @@ def _text(run: Run, token: int) -> str:
 def _counted(splits: Splits, data: Data, name: str) -> dict[str, Any]:
     from llmtk.data.statistics import histogram, repeated, statistics
 
-    rows, counted = getattr(splits, name), statistics(getattr(data, name))
-    lengths = sorted(counted.lengths.tolist())
+    rows, encoded = getattr(splits, name), statistics(getattr(data, name))
+    lengths = sorted(encoded.lengths.tolist())
     return {
         "rows": len(rows),
         "encoded": len(lengths),
-        "tokens": counted.tokens,
-        "targets": counted.targets,
+        "tokens": encoded.tokens,
+        "targets": encoded.targets,
         "shortest": lengths[0],
         "median": lengths[len(lengths) // 2],
         "longest": lengths[-1],
-        "histogram": histogram(counted.lengths),
+        "histogram": histogram(encoded.lengths),
         "duplicates": repeated(rows),
         "in_train": [] if name == "train" else repeated(rows, splits.train),
     }
 
 
-def _summary(name: str, counted: dict[str, Any]) -> Iterator[str]:
-    encoded = "" if counted["encoded"] == counted["rows"] else f" (as the stage encodes them: {counted['encoded']:,})"
-    share = counted["targets"] / max(counted["tokens"], 1)
-    yield f"{name}: {counted['rows']:,} row{'s' * (counted['rows'] != 1)}{encoded}"
-    yield f"  {counted['tokens']:,} tokens, {counted['targets']:,} of them targets ({share:.1%})"
-    yield f"  {counted['shortest']:,} to {counted['longest']:,} tokens a row, the median {counted['median']:,}"
-    most = max(rows for *_, rows in counted["histogram"])
-    steps = [(f"{start:,} to {stop:,}", rows) for start, stop, rows in counted["histogram"]]
+def _summary(name: str, found: dict[str, Any]) -> Iterator[str]:
+    encoded = "" if found["encoded"] == found["rows"] else f" (as the stage encodes them: {found['encoded']:,})"
+    share = found["targets"] / max(found["tokens"], 1)
+    yield f"{name}: {counted(found['rows'], 'row')}{encoded}"
+    yield f"  {found['tokens']:,} tokens, {found['targets']:,} of them targets ({share:.1%})"
+    yield f"  {found['shortest']:,} to {found['longest']:,} tokens a row, the median {found['median']:,}"
+    most = max(rows for *_, rows in found["histogram"])
+    steps = [(f"{start:,} to {stop:,}", rows) for start, stop, rows in found["histogram"]]
     width = max(len(label) for label, _ in steps)
     for label, rows in steps:
         yield f"    {label:>{width}}  {'█' * -(-BAR * rows // most)} {rows:,}".rstrip()
@@ -198,6 +199,6 @@ def _summary(name: str, counted: dict[str, Any]) -> Iterator[str]:
         ("duplicates", "rows that stand there a second time"),
         ("in_train", "rows that are in train too"),
     ):
-        if places := counted[key]:
+        if places := found[key]:
             named = ", ".join(f"{place} as {first}" for place, first in islice(places, 3))
             yield f"  {told}: {len(places):,} ({named}{', ...' if len(places) > 3 else ''})"

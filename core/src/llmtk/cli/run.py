@@ -32,15 +32,18 @@ class Asked(NamedTuple):
     overrides: list[str]
 
 
-@click.command("run", epilog=_EXAMPLES)
-@click.argument("words", nargs=-1, metavar="[STAGE] [CONFIG.yaml] [KEY=VALUE]...")
-@click.option(
+resume_option = click.option(
     "--resume",
     is_flag=False,
     flag_value="auto",
     metavar="[auto|PATH]",
     help="Go on with a run: from a checkpoint's folder, or (auto) the newest sound one in output_dir.",
 )
+
+
+@click.command("run", epilog=_EXAMPLES)
+@click.argument("words", nargs=-1, metavar="[STAGE] [CONFIG.yaml] [KEY=VALUE]...")
+@resume_option
 def command(words: tuple[str, ...], resume: str | None) -> None:
     """Train with the method STAGE. Without a configuration this is a demo.
 

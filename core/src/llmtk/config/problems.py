@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel
 
+from llmtk.config.other_names import NO_KEY, OTHER_NAMES
 from llmtk.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -199,13 +200,21 @@ def _sentence(problem: _Problem, model: type[BaseModel]) -> str:
 
 
 def _suggestion(path: Path, model: type[BaseModel]) -> str:
-    """Name the key that was meant: the same one in another section, else the nearest in this one, else anywhere."""
+    """Name the key that was meant: as `meant` tells, else the nearest in this section, else anywhere."""
     prefix, key = "".join(f"{part}." for part in path[:-1]), str(path[-1])
+    if key in NO_KEY:
+        return f" {NO_KEY[key]}."
     known = list(known_keys(model))
     here = [name for name in known if name.rpartition(".")[0] == prefix.rstrip(".")]
-    same = [name for name in known if name.rpartition(".")[2] == key]
-    near = same or _close_leaf(key, here, cutoff=0.6) or _close_leaf(key, known, cutoff=0.75)
+    near = meant(key, model) or _close_leaf(key, here, cutoff=0.6) or _close_leaf(key, known, cutoff=0.75)
     return f" Did you mean {' or '.join(near)}?" if near else _choices(here, prefix)
+
+
+def meant(key: str, model: type[BaseModel]) -> list[str]:
+    """Return the keys, dotted, that are called so in any section, or that another program calls so."""
+    key = key.replace("-", "_")
+    same = [name for name in known_keys(model) if key in (name, name.rpartition(".")[2])]
+    return same or ([OTHER_NAMES[key]] if key in OTHER_NAMES else [])
 
 
 def _close_leaf(key: str, names: Iterable[str], *, cutoff: float) -> list[str]:

@@ -45,6 +45,8 @@ SHARED: dict[str, type[Section]] = {
     "generation": GenerationConfig,
 }
 """The sections that every stage shares, and may give defaults for."""
+SWITCHES = frozenset({"peft", "fsdp", "deepspeed"})
+"""Sections that a run may be without: null takes away one that a layer below gives."""
 
 
 class RunConfig(Section):

@@ -200,6 +200,9 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _shares_are_shares(self) -> DataConfig:
+        for name in HELD_OUT:
+            if (percent := _percent(getattr(self, name))) is not None:
+                raise ValueError(f"{name}: a share is written {percent / 100:g}, not {getattr(self, name)}")
         shares = shares_of(self)
         for name, share in shares.items():
             if not 0 < share < 1:
@@ -237,6 +240,11 @@ class DataConfig(Section):
             if any(source.weight != 1 for source in sources_of(getattr(self, name))):
                 raise ValueError(f"{name} has a source with a weight; every row is evaluated once. Leave weight out")
         return self
+
+
+def _percent(value: object) -> float | None:
+    text = value.strip().removesuffix("%").strip() if isinstance(value, str) and value.strip().endswith("%") else ""
+    return float(text) if text.replace(".", "", 1).isdecimal() else None
 
 
 def shares_of(config: DataConfig) -> dict[str, float]:

@@ -28,7 +28,7 @@ from llmtk.data.rows import (
 from llmtk.errors import ConfigurationError, DatasetError, suggest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence, Set
+    from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 
 Columns = dict[str, Any]
 
@@ -272,13 +272,23 @@ def _question(columns: Columns, place: str) -> Row:
 
 
 def _clean(messages: Any) -> Any:
-    """Leave out null fields of messages: a template takes ``tool_calls: null`` for a tool call."""
+    """Leave out null fields of messages: a template takes ``tool_calls: null`` for a tool call. Join parts of text."""
     if not isinstance(messages, list):
         return messages
-    return [
-        {name: value for name, value in message.items() if value is not None} if isinstance(message, dict) else message
-        for message in messages
-    ]
+    return [_clean_message(message) if isinstance(message, dict) else message for message in messages]
+
+
+def _clean_message(message: Message) -> Message:
+    said = {name: value for name, value in message.items() if value is not None}
+    parts = said.get("content")
+    if isinstance(parts, list) and parts and all(map(_is_text_part, parts)):
+        said["content"] = "".join(part["text"] for part in parts)
+    return said
+
+
+def _is_text_part(part: object) -> bool:
+    """Whether a part of a content, as OpenAI's newer form has them, is text: ``{"type": "text", "text": "..."}``."""
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _tools(columns: Columns) -> Any:
@@ -382,15 +392,39 @@ def recognise(columns: Iterable[str], row_types: Sequence[str], where: str) -> F
     Raises :class:`DatasetError`, which tells the columns of ``where`` and what each format needs.
     """
     columns = sorted(set(columns))
-    fitting = [entry for entry in FORMATS.values() if entry.needs <= set(columns)]
-    useful = [entry for entry in fitting if reachable(entry.row_type.type, row_types)]
+    exact = _exact(set(columns), row_types)
+    if len(exact) == 1:
+        return exact[0]
+    raise DatasetError(_explain(where, columns, row_types, _fitting(set(columns)), exact))
+
+
+def refuse_mixed(kinds: Mapping[frozenset[str], str], row_types: Sequence[str], where: str) -> None:
+    """Raise :class:`DatasetError` for rows of several formats. ``kinds`` gives, by its columns, where the first is."""
+    first: dict[str, str] = {}
+    for columns, place in kinds.items():
+        exact = _exact(columns, row_types)
+        if len(exact) > 1:
+            return
+        for entry in exact:
+            first.setdefault(entry.name, f"{place} is {entry.name} (its columns: {', '.join(sorted(columns))})")
+    if len(first) > 1:
+        raise DatasetError(
+            f"{where} mixes rows of {len(first)} formats: {'; '.join(first.values())}. Put the rows of each into a "
+            "file of its own, and give them all: data.train=[FIRST.jsonl, SECOND.jsonl]"
+        )
+
+
+def _fitting(columns: Set[str]) -> list[Format]:
+    return [entry for entry in FORMATS.values() if entry.needs <= columns]
+
+
+def _exact(columns: Set[str], row_types: Sequence[str]) -> list[Format]:
+    """Return the formats that the columns fit, and that say most of what is wanted."""
+    useful = [entry for entry in _fitting(columns) if reachable(entry.row_type.type, row_types)]
     # A format that needs all that another needs, and more, says more about the row.
     exact = [entry for entry in useful if not any(entry.needs < other.needs for other in useful)]
     # What is there as it is wanted goes before what would have to be converted.
-    exact = [entry for entry in exact if entry.row_type.type in row_types] or exact
-    if len(exact) == 1:
-        return exact[0]
-    raise DatasetError(_explain(where, columns, row_types, fitting, exact))
+    return [entry for entry in exact if entry.row_type.type in row_types] or exact
 
 
 def _explain(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtk.errors import ConfigurationError, DatasetError
+from llmtk.hub import why_unreachable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from llmtk.config.sections import SourceConfig
     from llmtk.data.files import Record
 
+_WITHOUT = "Without a network, give a file, or a folder that `datasets` has saved."
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -47,6 +49,7 @@ def read_hub(source: SourceConfig) -> list[Record]:
     """
     from datasets import load_dataset
 
+    _check_reachable(source.path)
     try:
         loaded = load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     except Exception as error:  # of the network, of the hub's client, of whatever reads the files
@@ -61,6 +64,7 @@ def stream_hub(source: SourceConfig) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     from datasets import load_dataset
 
+    _check_reachable(source.path)
     try:
         loaded = load_dataset(source.path, source.name, split=source.split, revision=source.revision, streaming=True)
         rows = _split(source, loaded) if source.split is None else loaded
@@ -78,11 +82,15 @@ def refuse(source: SourceConfig, keys: tuple[str, ...], why: str) -> None:
             raise ConfigurationError(f"{source.path} {why}: leave {key} out.")
 
 
+def _check_reachable(name: str) -> None:
+    if reason := why_unreachable("dataset", name):
+        raise DatasetError(f"{name} does not exist here, and {reason}. Check the name, or the network. {_WITHOUT}")
+
+
 def _unreachable(source: SourceConfig, error: Exception) -> DatasetError:
     return DatasetError(
         f"{source.path} (no such file here, so it was looked for on the hub) cannot be loaded: {_first_line(error)}. "
-        "Check its name, configuration (name), split and the network; without a network, give a file, or a folder that "
-        "`datasets` has saved."
+        f"Check its name, configuration (name), split and the network. {_WITHOUT}"
     )
 
 

@@ -13,7 +13,7 @@ from llmtk.config.sections import HELD_OUT, shares_of, sources_of
 from llmtk.data.catalog import Catalog, read_catalog
 from llmtk.data.columns import rename
 from llmtk.data.files import Record
-from llmtk.data.formats import Format, named, recognise
+from llmtk.data.formats import Format, named, recognise, refuse_mixed
 from llmtk.data.rows import Labelled, Pair, Row, RowError, Text, convert
 from llmtk.data.sources import open_sources
 from llmtk.errors import ConfigurationError, DatasetError
@@ -101,14 +101,21 @@ class Reading:
         return rows, form
 
     def _format(self, source: SourceConfig, records: Sequence[Record]) -> Format | None:
-        found = (record for _, record in records if isinstance(record, dict))
-        columns = {str(key) for record in found for key, value in record.items() if value is not None}
+        kinds: dict[frozenset[str], str] = {}
+        for place, record in records:
+            if isinstance(record, dict):
+                kinds.setdefault(frozenset(str(key) for key, value in record.items() if value is not None), place)
+        columns = {name for kind in kinds for name in kind}
         if not columns:
             return None
         if source.format is not None:
             form = named(source.format, columns, self.row_types, source.path)
         else:
-            form = recognise(columns, self.row_types, source.path)
+            try:
+                form = recognise(columns, self.row_types, source.path)
+            except DatasetError:
+                refuse_mixed(kinds, self.row_types, source.path)
+                raise
         unused = sorted(columns - form.needs - form.optional)
         if unused and not form.takes_all:
             self.notices.append(f"{source.path} is read as {form.name}; not used: {', '.join(unused)}.")

@@ -219,6 +219,8 @@ def _check_message(name: str, message: object) -> None:
         return
     if content is None:
         raise RowError(f"{name} ({role}) has no content")
+    if isinstance(content, list):
+        raise RowError(f"content of {name} ({role}) is a list; text is expected, or parts that are all of type text")
     # An empty answer teaches nothing but to say nothing; an empty question is a question.
     check_text(
         f"content of {name} ({role})", content, may_be_empty=role != "assistant" or bool(message.get("tool_calls"))

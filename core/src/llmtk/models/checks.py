@@ -1,6 +1,6 @@
 """Cheap checks of the ``model`` section, before any data is read and before anything heavy is imported.
 
-A folder's files are judged by their names and headers alone; a hub name is left to the hub.
+A folder's files are judged by their names and headers alone; a hub name is left to the hub, if that can be reached.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtk.errors import ConfigurationError, ModelLoadError, suggest
+from llmtk.hub import why_unreachable
 
 if TYPE_CHECKING:
     from llmtk.config.sections import ModelConfig
@@ -183,6 +184,8 @@ def _check_named(key: str, name: str, *, trust_remote_code: bool) -> None:
 def _check_exists(key: str, name: str) -> None:
     if is_hub_name(name) and not _HUB_NAME.fullmatch(name):
         raise ModelLoadError(f"{key}: there is no folder {name}. Give a folder that exists, or a hub name (org/name)")
+    if is_hub_name(name) and (reason := why_unreachable("model", name)):
+        raise ModelLoadError(f"{key}: there is no folder {name}, and {reason}. Check the name, or the network")
 
 
 def _check_field(key: str, config_class: Any) -> None:

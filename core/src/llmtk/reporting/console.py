@@ -72,23 +72,23 @@ class Console:
         if self._progress is not None and (time.monotonic() - self._last > 0.1 or report.step == 1):
             self._last = time.monotonic()
             speed = f"{tokens_per_second:,.0f} tokens/s"
-            self._progress.update(self._task, completed=report.step, loss=f"{report.loss:.4f}", speed=speed)
+            self._progress.update(self._task, completed=report.step, loss=f"{decimal(report.loss)}", speed=speed)
 
     def log(self, line: dict[str, Any], steps: int, tokens_per_second: float) -> None:
         """Print a line of metrics; on a terminal the live display shows them."""
         if self._progress is not None and "reward" in line:
             self._progress.update(self._task, reward=f"  reward {line['reward']:.3g}")
-        told = "".join(f"{name} {line[name]:.4f}  " for name in ("loss", "reward") if name in line)
+        told = "".join(f"{name} {decimal(line[name])}  " for name in ("loss", "reward") if name in line)
         if told and self.speaks:
             say = self.say if self._progress is None else LOGGER.info
             say(
-                f"step {line['step']}/{steps}  {told}grad_norm {line['grad_norm']:.3f}  "
+                f"step {line['step']}/{steps}  {told}grad_norm {decimal(line['grad_norm'], 3)}  "
                 f"lr {line['learning_rate']:.2e}  epoch {line['epoch']:.2f}  {tokens_per_second:,.0f} tokens/s"
             )
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Print an evaluation."""
-        values = "  ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
+        values = "  ".join(f"{name} {decimal(value)}" for name, value in evaluation.metrics.items())
         self.say(f"step {evaluation.step}  {values}{'  (best so far)' if evaluation.is_best else ''}")
 
     def end(self, step: int) -> None:
@@ -97,3 +97,13 @@ class Console:
             self._progress.update(self._task, completed=step)
             self._progress.stop()
             self._progress = None
+
+
+def decimal(value: float, places: int = 4) -> str:
+    """Return a number with these decimal places; one of a million and more by its first digits: 1.59e+13."""
+    return f"{value:.{places}f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def counted(count: int, what: str) -> str:
+    """Return `1 row`, `1,000 rows`."""
+    return f"{count:,} {what}{'s' * (count != 1)}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from llmtk.reporting.console import counted, decimal
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -14,9 +16,13 @@ if TYPE_CHECKING:
 
 def say_plan(run: Run, checkpoint: Path | None) -> None:
     """Print what the run is going to do."""
-    for line in plan_lines(run):
+    for line in [*plan_lines(run), output_line(run, checkpoint)]:
         run.console.say(line)
-    run.console.say(f"output     {run.output_dir}" + (f", going on from {checkpoint.name}" if checkpoint else ""))
+
+
+def output_line(run: Run, checkpoint: Path | None) -> str:
+    """Return where the run is written, and from where it goes on."""
+    return f"output     {run.output_dir}" + (f", going on from {checkpoint.name}" if checkpoint else "")
 
 
 def plan_lines(run: Run) -> list[str]:
@@ -25,7 +31,7 @@ def plan_lines(run: Run) -> list[str]:
     (_, origin), *others = plan.plugins
     plugins = ", ".join(f"{name} ({source})" for name, source in others)
     share = f"{plan.trainable_parameters:,} ({plan.trainable_parameters / plan.total_parameters:.1%}) of them trained"
-    rows = f"{plan.train_rows:,} rows" if plan.train_rows else "a stream of rows"
+    rows = counted(plan.train_rows, "row") if plan.train_rows else "a stream of rows"
     test = "" if run.test_rows is None else f", {len(run.test_rows):,} to test"
     demo = ["No model and no data given: this is a demo on the built-in model and the stage's own data."]
     return [
@@ -34,7 +40,7 @@ def plan_lines(run: Run) -> list[str]:
         f"model      {model_name(run)}, {plan.total_parameters:,} parameters, {share}",
         f"data       {rows} to train on, {plan.eval_rows:,} to evaluate{test}",
         *_steps(run),
-        *([f"predict    {len(run.questions):,} rows, with the finished model"] if run.questions else []),
+        *([f"predict    {counted(len(run.questions), 'row')}, with the finished model"] if run.questions else []),
         f"compute    {plan.precision} on {plan.device}",
         "scoring    packed, proven on this model" if scorer.packed else f"scoring    padded: {scorer.why_padded}",
         *(["compiled   the layers, proven on this model"] if run.compiled else []),
@@ -49,11 +55,10 @@ def _steps(run: Run) -> list[str]:
     cut = f"{plan.micro_batches} micro-batch{'es' * (plan.micro_batches > 1)} on each rank"
     if config.micro_batch_tokens:
         cut = f"about {cut}, of at most {config.micro_batch_tokens:,} tokens"
-    count = f"{plan.warmup_steps:,} step{'s' * (plan.warmup_steps > 1)}"
-    warmup = f", after {count} of warm-up" if plan.warmup_steps else ""
+    warmup = f", after {counted(plan.warmup_steps, 'step')} of warm-up" if plan.warmup_steps else ""
     epoch = f"; {plan.steps_per_epoch:,} make an epoch" if plan.steps_per_epoch else ""
     return [
-        f"steps      {plan.max_steps:,}, each of {plan.global_batch} rows in {cut}{epoch}",
+        f"steps      {plan.max_steps:,}, each of {counted(plan.global_batch, 'row')} in {cut}{epoch}",
         f"schedule   {config.optim}, {config.lr_scheduler_type} from {config.learning_rate:g}{warmup}",
     ]
 
@@ -75,15 +80,18 @@ def say_result(run: Run, result: Result) -> None:
         for key, name in figures.items():
             after, before = result.metrics[f"{key}_after"], result.metrics.get(f"{key}_before")
             was = "" if before is None else f"{before:.3g} before, "
-            say(f"{name} on held-out rows: {was}{after:.3g} after {result.steps} steps")
-    if tested := [f"{name} {value:.4f}" for name, value in result.metrics.items() if name.startswith("test_")]:
+            say(f"{name} on held-out rows: {was}{after:.3g} after {counted(result.steps, 'step')}")
+    if tested := [f"{name} {decimal(value)}" for name, value in result.metrics.items() if name.startswith("test_")]:
         say(f"test  {'  '.join(tested)}")
     if result.steps and run.state.skipped == result.steps:
         say(f"WARNING: all {result.steps} steps were left out (see above), and the model is as it was")
-    loss = "not logged" if result.final_loss is None else f"{result.final_loss:.4f}"
+    loss = "not logged" if result.final_loss is None else decimal(result.final_loss)
     why = f" ({run.state.stopped_by} stopped the run)" if run.state.stopped_by else ""
-    steps = f"{result.steps} step{'s' * (result.steps != 1)}"
-    say(f"Done: {steps}{why}, loss {loss}. Model, metrics and plot are in {result.output_dir}")
+    # A run that is resumed at its last step: what comes after it is made again, or, if it was cut short, to the end.
+    done = "Nothing left to train, the run has taken all of its steps" if run.resumed_at == result.steps else "Done"
+    say(
+        f"{done}: {counted(result.steps, 'step')}{why}, loss {loss}. Model, metrics and plot are in {result.output_dir}"
+    )
     if run.demo:
         say(f"Your own: llmtk run {run.stage_name} model.name_or_path=MODEL data.train=ROWS.jsonl data.eval=0.1")
 

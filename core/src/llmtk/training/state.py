@@ -40,6 +40,8 @@ class TrainState:
     """Sums since the last line of the log."""
     last_loss: float | None = None
     last_evaluation: dict[str, float] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=dict)
+    """A demo's figures before the first step."""
     best: Best | None = None
     pending: StepReport | None = None
     """The step whose evaluation a signal cut short; the resumed run begins with it."""
