@@ -24,6 +24,7 @@ import click
 from llmtk_tune_space import Choice, Space, read_space
 
 from llmtk.errors import ConfigurationError, LlmtkError
+from llmtk.folder import LOCK
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -38,7 +39,7 @@ Examples:
   llmtk tune sft config.yaml --over ... --trials 40                                go on with that sweep
 """
 _USUAL_TRIALS = 20
-LLMTK = [sys.executable, "-m", "llmtk"]
+RUN = [sys.executable, "-m", "llmtk.pipeline.step"]
 
 
 class TuneError(LlmtkError):
@@ -183,7 +184,7 @@ def _taken(folder: Path) -> Iterator[None]:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / LOCK, timeout=0):
             yield
     except Timeout:
         raise ConfigurationError(f"--output-dir {folder} is in use by another sweep. Choose another") from None
@@ -195,7 +196,7 @@ def _check_same(sweep: Sweep) -> None:
     """Refuse a folder that holds something else. ConfigurationError lists what differs."""
     file, facts = sweep.folder / "sweep.json", sweep.facts()
     if not file.exists():
-        if strangers := sorted(path.name for path in sweep.folder.iterdir() if path.name != ".lock"):
+        if strangers := sorted(path.name for path in sweep.folder.iterdir() if path.name != LOCK):
             raise ConfigurationError(f"--output-dir {sweep.folder} holds other files ({strangers[0]}). Choose another")
         file.write_text(json.dumps(facts, indent=2) + "\n")
         return
@@ -265,8 +266,10 @@ def _train(sweep: Sweep, study: Study, trial: Trial | FrozenTrial, count: int) -
     resume = ["--resume", "auto"] if (folder / "config.yaml").exists() else []
     words = [*sweep.words, *(f"{key}={json.dumps(value)}" for key, value in settings.items()), f"output_dir={folder}"]
     with log.open("a") as said:
-        # In a session of its own: a Ctrl-C in the terminal reaches it once, from here.
-        child = subprocess.Popen([*LLMTK, "run", *words, *resume], stdout=said, stderr=said, start_new_session=True)
+        # In a session of its own: a Ctrl-C in the terminal reaches it once, from here. It stops when the lock is free,
+        # and so when the sweep was killed.
+        command = [*RUN, str(sweep.folder / LOCK), *words, *resume]
+        child = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
         try:
             pruned = _watch(sweep, trial, child, folder)
         except KeyboardInterrupt:

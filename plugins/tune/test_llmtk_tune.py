@@ -55,7 +55,7 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials are runs that take no time."""
     (tmp_path / "fake.py").write_text(FAKE)
-    monkeypatch.setattr(llmtk_tune, "LLMTK", [sys.executable, str(tmp_path / "fake.py")])
+    monkeypatch.setattr(llmtk_tune, "RUN", [sys.executable, str(tmp_path / "fake.py")])
 
 
 def results(folder: str = "runs/tune-sft") -> dict[str, Any]:
