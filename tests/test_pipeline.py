@@ -321,7 +321,7 @@ def test_one_pipeline_at_a_time_and_none_under_a_launcher(
     with open("runs/p/.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert call(["pipeline", "p.yaml"]) == 2
-    assert "the pipeline there is being run, by process" in capfd.readouterr().err
+    assert "is in use by process" in capfd.readouterr().err
     monkeypatch.setattr(record, "PATIENCE", 0.1)
     with open("runs/p/dpo/.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -7,15 +7,13 @@ kept in a journal beside them, in JSON.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -26,6 +24,7 @@ from llmtk_tune_space import Choice, Space, read_space
 
 from llmtk.errors import ConfigurationError, LlmtkError
 from llmtk.folder import LOCK
+from llmtk.pipeline.record import held
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -40,8 +39,9 @@ Examples:
   llmtk tune sft config.yaml --over ... --trials 40                                go on with that sweep
 """
 _USUAL_TRIALS = 20
-LLMTK = [sys.executable, "-P", "-m", "llmtk"]
-"""A trial's command: a file of the working directory that is named like a module takes the place of none."""
+RUN = [sys.executable, "-P", "-m", "llmtk.pipeline.step"]
+"""A trial's command, `llmtk run` that ends with a checkpoint where the sweep is killed. With -P, since a file of the
+working directory may be named like a module."""
 
 
 class TuneError(LlmtkError):
@@ -137,7 +137,7 @@ def command(
         prune=prune,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a sweep as Ctrl-C does
-    with _taken(sweep.folder):
+    with held(sweep.folder, click.echo):
         _check_same(sweep)
         study = _study(sweep)
         _train_trials(sweep, study, trials or _count(space, listed))
@@ -177,22 +177,6 @@ def _count(space: Space, listed: bool) -> int:
     for values in space.values():
         count *= len(values.ends)
     return count if listed else _USUAL_TRIALS
-
-
-@contextmanager
-def _taken(folder: Path) -> Iterator[None]:
-    """Hold a folder against a second sweep."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("a")
-    except OSError as error:
-        raise ConfigurationError(f"--output-dir {folder} cannot be written to: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigurationError(f"--output-dir {folder} is in use by another sweep. Choose another") from None
-        yield
 
 
 def _check_same(sweep: Sweep) -> None:
@@ -269,8 +253,10 @@ def _train(sweep: Sweep, study: Study, trial: Trial | FrozenTrial, count: int) -
     resume = ["--resume", "auto"] if (folder / "config.yaml").exists() else []
     words = [*sweep.words, *(f"{key}={json.dumps(value)}" for key, value in settings.items()), f"output_dir={folder}"]
     with log.open("a") as said:
-        # In a session of its own: a Ctrl-C in the terminal reaches it once, from here.
-        child = subprocess.Popen([*LLMTK, "run", *words, *resume], stdout=said, stderr=said, start_new_session=True)
+        # In a session of its own: a Ctrl-C in the terminal reaches it once, from here. It stops when the lock is free,
+        # and so when the sweep was killed.
+        command = [*RUN, str(sweep.folder / LOCK), *words, *resume]
+        child = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
         try:
             pruned = _watch(sweep, trial, child, folder)
         except KeyboardInterrupt:

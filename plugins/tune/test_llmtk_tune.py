@@ -53,7 +53,7 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials are runs that take no time."""
     (tmp_path / "fake.py").write_text(FAKE)
-    monkeypatch.setattr(llmtk_tune, "LLMTK", [sys.executable, str(tmp_path / "fake.py")])
+    monkeypatch.setattr(llmtk_tune, "RUN", [sys.executable, str(tmp_path / "fake.py")])
 
 
 def results(folder: str = "runs/tune-sft") -> dict[str, Any]:
@@ -115,7 +115,7 @@ def test_a_mistake_is_told_before_any_trial(
 def test_one_sweep_at_a_time(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with llmtk_tune._taken(Path("runs/tune-sft")):
         assert call([*words, "--over", "train.seed=1,2"]) == 2
-    assert "--output-dir runs/tune-sft is in use by another sweep. Choose another" in capsys.readouterr().err
+    assert "output_dir runs/tune-sft is in use by process" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("fake")

@@ -243,6 +243,8 @@ def test_a_server_ends_with_who_has_started_it(tmp_path: Path) -> None:
     # The server writes to the same pipe, which ends when both have: else this runs out of time.
     killed = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE, timeout=50)
     assert killed.returncode == -signal.SIGKILL
+
+
 def test_vllm_is_preferred_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(serving, "find_spec", lambda name: name)
     assert serving.choose_engine() == "vllm"

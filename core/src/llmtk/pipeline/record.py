@@ -65,9 +65,9 @@ class Record:
 
 @contextmanager
 def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold a pipeline's folder, by a lock that ends with the process, however it ends.
+    """Hold the folder of a pipeline, or of other runs that are steps of one, by a lock that ends with the process.
 
-    ConfigurationError where another pipeline holds it. Steps that a killed one left behind are waited for.
+    ConfigurationError where another process holds it. Steps that a killed one left behind are waited for.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,14 +89,12 @@ def _take(lock: IO[Any], folder: Path, say: Callable[[str], None]) -> None:
         except BlockingIOError:
             continue
         if kind == fcntl.LOCK_SH or _is_asked_for(lock, folder):  # by steps alone: llmtk.pipeline.step
-            say(f"A step of {folder} was left behind by a pipeline that was killed, and is ending: waiting for it")
+            say(f"A run below {folder} was left behind by a process that was killed, and is ending: waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         return
     lock.seek(0)
     owner = lock.read().strip() or "unknown"
-    raise ConfigurationError(
-        f"output_dir {folder}: the pipeline there is being run, by process {owner}; wait, or end it"
-    )
+    raise ConfigurationError(f"output_dir {folder} is in use by process {owner}; wait for it, or end it")
 
 
 def _is_asked_for(lock: IO[Any], folder: Path) -> bool:
