@@ -17,6 +17,7 @@ from llmtk_tune_space import Choice, Range, read_space
 from llmtk.cli import call
 from llmtk.demo import addition
 from llmtk.errors import ConfigurationError
+from llmtk.pipeline.record import held
 from llmtk.reporting.stored import StoredRun
 
 FAKE = '''
@@ -113,7 +114,7 @@ def test_a_mistake_is_told_before_any_trial(
 
 
 def test_one_sweep_at_a_time(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with llmtk_tune._taken(Path("runs/tune-sft")):
+    with held(Path("runs/tune-sft"), print):
         assert call([*words, "--over", "train.seed=1,2"]) == 2
     assert "output_dir runs/tune-sft is in use by process" in capsys.readouterr().err
 
