@@ -15,19 +15,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 from llmtk.cli import call
+from llmtk.cli.ports import LOCAL, free_port
 from llmtk.folder import RunFolder
+from llmtk.inference import serving
 from llmtk.pipeline import Pipeline
 
 PAGE = (Path(__file__).parents[1] / "docs" / "story.md").read_text()
 FILES = dict(re.findall(r"^```(?:python|yaml)\n# (\S+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
 COMMANDS = [
-    shlex.split(found) for found in re.findall(r"^    ((?:llmtk|python) .+)$", PAGE, re.MULTILINE)
+    shlex.split(found, comments=True) for found in re.findall(r"^    ((?:llmtk|python) .+)$", PAGE, re.MULTILINE)
 ]  # but for those that install
 FEW = ("train.max_steps=2", "train.per_device_train_batch_size=4", "train.logging_steps=1")
 SAID = "37+48=\n/quit\n"
@@ -56,18 +59,31 @@ def keep_few_rows() -> None:
 
 
 def test_the_page_has_what_is_tested() -> None:
-    assert set(FILES) == {"data.py", "story.yaml", "ask.py"}
+    assert set(FILES) == {"data.py", "story.yaml", "ask.py", "client.py"}
     asked = [words[1] for words in COMMANDS]
     assert asked.count("pipeline") == 4
-    assert set(asked) >= {"data.py", "ask.py", "predict", "chat", "report", "export", "evaluate", "runs"}
+    assert set(asked) >= {
+        "data.py",
+        "ask.py",
+        "predict",
+        "chat",
+        "serve",
+        "client.py",
+        "report",
+        "export",
+        "evaluate",
+        "runs",
+    }
 
 
 def test_commands_of_the_page_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """In this process, the steps of the pipeline too."""
+    """In this process, the steps of the pipeline too; but for the server, which needs one of its own."""
     monkeypatch.setattr(
         Pipeline, "_wait", lambda _, words: call(["run", *words[words.index("llmtk.pipeline.step") + 2 :]])
     )
     for words in COMMANDS:
+        if words[1] in ("serve", "client.py"):
+            continue
         if words[0] == "python":
             runpy.run_path(words[1])
             keep_few_rows()
@@ -80,18 +96,37 @@ def test_commands_of_the_page_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest
 @pytest.mark.slow
 def test_the_story_is_killed_in_the_middle_and_goes_on() -> None:
     """Each command and each step in a process of its own, the chats in a pseudo-terminal."""
-    pipelines = 0
+    pipelines, server = 0, None
+    port = str(free_port())
+    Path("client.py").write_text(FILES["client.py"].replace("8010", port))
     for words in COMMANDS:
         command = [sys.executable, *(["-m"] if words[0] == "llmtk" else []), *shortened(words)[words[0] == "python" :]]
         pipelines += words[1:] == ["pipeline", "story.yaml"]
         if words[1:] == ["pipeline", "story.yaml"] and pipelines == 1:
             killed_in_the_middle([*command, "steps.rm.train.max_steps=100000", "steps.rm.train.save_steps=1"])
             continue
+        if words[1] == "serve":
+            server = served([port if word == "8010" else word for word in command], int(port))
+            continue
+        if words[1] == "client.py" and server is None:
+            continue
         done = in_a_terminal(command) if words[1] == "chat" else subprocess.run(command, check=False).returncode
         assert done == 0, words
         if words[1] == "data.py":
             keep_few_rows()
+        if words[1] == "client.py" and server is not None:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(60) == 128 + signal.SIGTERM
     check_what_is_left()
+
+
+def served(command: list[str], port: int) -> subprocess.Popen[bytes] | None:
+    """Start a server, and wait until it answers; None where what it needs is not installed."""
+    if any(find_spec(name) is None for name in serving.NEEDED["transformers"][0]):
+        return None
+    server = subprocess.Popen(command)
+    serving.wait_for(server, LOCAL, port)
+    return server
 
 
 def killed_in_the_middle(command: list[str]) -> None:
