@@ -432,7 +432,7 @@ def test_a_pipeline_that_is_begun_before_an_old_step_hears_of_it_waits_for_that(
         with record.held(tmp_path, lambda line: (told.append(line), said.set())):
             step.join(timeout=10)
             assert not is_locked(tmp_path / "dpo" / ".lock")
-    assert [line.partition(" by ")[0] for line in told] == [f"A step of {tmp_path} was left behind"]
+    assert [line.partition(" by ")[0] for line in told] == [f"A run below {tmp_path} was left behind"]
 
 
 def until(done: Callable[[], bool], seconds: float = 90.0) -> bool:

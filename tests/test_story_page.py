@@ -76,6 +76,7 @@ def test_the_page_has_what_is_tested() -> None:
     }
 
 
+@pytest.mark.slow
 def test_commands_of_the_page_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """In this process, the steps of the pipeline too; but for the server, which needs one of its own."""
     monkeypatch.setattr(

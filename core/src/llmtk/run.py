@@ -182,8 +182,6 @@ class Run:
         if merged.pop("stage", name) != name:
             raise ConfigurationError(f"the configuration is for another stage than {name}; name the same one, or none")
         plugins = merged.pop("plugins", None) or {}
-        if not isinstance(plugins, Mapping):
-            raise ConfigurationError(f"plugins: expected keys and values, got {plugins!r}")
         return cls(name, plugins=plugins, resume=resume, **merged)
 
     @classmethod

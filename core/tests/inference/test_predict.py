@@ -265,7 +265,7 @@ def test_standard_input_is_json_lines_or_a_question_a_line(
     code, out, err = llmtk("predict", "builtin", "--data", "-", "--max-new-tokens", "1")
     if prompts is None:
         assert code == 2
-        assert "fit the formats of" in err
+        assert "mixes rows of 2 formats" in err
     else:
         assert code == 0, err
         assert [json.loads(line)["prompt"] for line in out.splitlines()] == prompts

@@ -136,9 +136,9 @@ def without_shorthands(layer: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(layer.get("data"), str | Path | list):
         data = layer["data"]
         layer["data"] = {"train": data if isinstance(data, list) else str(data)}
-    for name in ("model", "data", "train", "plugins"):  # those that are looked into before all is checked
-        if not isinstance(given := layer.get(name), Mapping | None):
-            raise ConfigurationError(f"{name}: expected keys and values, got {given!r}")
+    looked_into = ("model", "data", "train", "plugins")  # before all is checked
+    if wrong := [name for name in looked_into if not isinstance(layer.get(name), Mapping | None)]:
+        raise ConfigurationError("\n".join(f"{name}: expected keys and values, got {layer[name]!r}" for name in wrong))
     return layer
 
 
