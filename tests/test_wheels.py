@@ -121,6 +121,7 @@ def test_a_stage_is_there_once_it_is_installed_and_gone_once_it_is_removed(wheel
     runs_sft(environment, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_kto_alone_trains_and_improves(wheels: Path, tmp_path: Path) -> None:
     environment = Environment(tmp_path / "venv")
     environment.borrow(tmp_path / "borrowed" / "site-packages")

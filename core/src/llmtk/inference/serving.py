@@ -205,8 +205,8 @@ def _answers(host: str, port: int) -> bool:
 
 def _end(server: subprocess.Popen[bytes]) -> None:
     """End a server: its answers first, and if that takes too long or a signal comes once more, at once."""
-    server.terminate()
     try:
+        server.terminate()
         server.wait(PATIENCE)
     except (subprocess.TimeoutExpired, KeyboardInterrupt, SystemExit):  # in a session of its own, it would stay behind
         os.killpg(server.pid, signal.SIGKILL)
