@@ -88,8 +88,10 @@ class RunFolder:
                 f"the run in {self.path} is not finished: there is no {RESULTS}. Go on with --resume"
             )
         stored = read_file(self.path / CONFIG)
-        stage = stored["stage"]
-        if not (stored.get("train") or {}).get("do_train", True):
+        stage, train = stored.get("stage"), stored.get("train")
+        if not isinstance(stage, str):
+            raise ConfigurationError(f"{self.path / CONFIG} is damaged: it names no stage. Put `stage: NAME` back")
+        if isinstance(train, Mapping) and not train.get("do_train", True):
             raise ConfigurationError(f"the run in {self.path} evaluated and trained nothing: there is no model in it")
         return {**self._stored(stage), "stage": stage, "output_dir": None}
 

@@ -433,3 +433,12 @@ def test_metrics_hold_nothing_of_the_clock(tmp_path):
     assert not {"time", "seconds_per_step", "tokens_per_second"} & {key for line in lines(runs[0]) for key in line}
     assert all(line["tokens_per_second"] > 0 and line["time"] > 1e9 for line in lines(runs[0], "timings"))
     assert weights(runs[0]).keys() == weights(runs[1]).keys()
+
+
+def test_a_run_whose_configuration_lost_its_stage_is_told(tmp_path):
+    folder = tmp_path / "run"
+    make(folder, max_steps=1).train()
+    stored = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(stored.replace("stage:", "sage:", 1))
+    with pytest.raises(ConfigurationError, match="is damaged: it names no stage"):
+        Run.open(folder)
