@@ -175,7 +175,7 @@ class Run:
     @classmethod
     def from_layers(cls, stage: str | None, *layers: Mapping[str, Any], resume: str | None = None) -> Run:
         """Make a run from configuration layers, the later over the earlier: what the CLI does."""
-        merged = without_shorthands(merge(*layers))
+        merged = merge(*layers)
         name = stage or merged.get("stage")
         if not isinstance(name, str):
             raise ConfigurationError("no stage: name one (llmtk run STAGE), or give `stage:` in the configuration file")

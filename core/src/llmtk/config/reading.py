@@ -129,16 +129,13 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_shorthands(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Spell out `model="name"` and `data="file"` or `data=[rows]`. ConfigurationError for what is no section."""
+    """Spell out `model="name"` and `data="file"` or `data=[rows]`."""
     layer = dict(layer)
     if isinstance(layer.get("model"), str | Path):
         layer["model"] = {"name_or_path": str(layer["model"])}
     if isinstance(layer.get("data"), str | Path | list):
         data = layer["data"]
         layer["data"] = {"train": data if isinstance(data, list) else str(data)}
-    looked_into = ("model", "data", "train", "plugins")  # before all is checked
-    if wrong := [name for name in looked_into if not isinstance(layer.get(name), Mapping | None)]:
-        raise ConfigurationError("\n".join(f"{name}: expected keys and values, got {layer[name]!r}" for name in wrong))
     return layer
 
 
