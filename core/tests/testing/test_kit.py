@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llmtk import ConfigurationError
 from llmtk.testing import CHECKS, ConformanceError, Verdict, check_stage, outcomes
+from llmtk.testing.training import BRIEF
 
 # By its place, as the kit's second process finds it: the tests are no package.
 _spec = importlib.util.spec_from_file_location("broken", Path(__file__).with_name("broken.py"))
@@ -79,6 +82,33 @@ def test_a_column_that_rows_do_not_have_is_told_with_those_that_they_have() -> N
     (found,) = outcomes(Asks, "loss")
     assert "'chosen_ids'" in found.message
     assert "input_ids, targets" in found.mend
+
+
+@pytest.mark.parametrize(("better_at", "ran"), [(1, [BRIEF]), (BRIEF + 1, [BRIEF, BRIEF + 20]), (BRIEF + 21, [])])
+def test_a_long_demo_is_tried_in_brief_and_is_judged_by_all_of_it(better_at: int, ran: list[int]) -> None:
+    seen: list[int] = []
+
+    class Long(broken.Sound):
+        def demo(self):
+            def measure(run) -> float:
+                seen.append(run.step)
+                return float(run.step >= better_at)
+
+            train = {"max_steps": BRIEF + 20, "per_device_train_batch_size": 1}
+            return replace(super().demo(), config={"train": train}, measure=measure, higher_is_better=True)
+
+    (found,) = outcomes(Long, "demo")
+    assert found.verdict is (Verdict.PASSED if ran else Verdict.FAILED), found.message
+    assert [step for step in seen if step] == (ran or [BRIEF, BRIEF + 20])
+
+
+def test_processes_beside_end_with_the_checks() -> None:
+    found = outcomes(broken.Sound, ["declared", "ranks"])
+    next(found)
+    beside = psutil.Process().children(recursive=True)
+    assert beside, "two ranks are under way"
+    found.close()
+    assert not any(process.is_running() for process in beside)
 
 
 def test_an_unknown_check_suggests_the_near_one() -> None:

@@ -8,7 +8,7 @@ import click
 @click.command("check")
 @click.argument("stage")
 @click.option("--only", "only", multiple=True, metavar="CHECK", help="This check alone. May be given several times.")
-@click.option("--no-demo", is_flag=True, help="Leave the demo out, which may take a minute by itself.")
+@click.option("--no-demo", is_flag=True, help="Leave the demo out, which takes the longest.")
 def command(stage: str, only: tuple[str, ...], no_demo: bool) -> int:
     """Check that a stage keeps the contract: on two ranks, resumed, cut and shuffled, packed and padded.
 

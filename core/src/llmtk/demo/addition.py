@@ -10,6 +10,7 @@ trained on in another dress. A stage makes the rows that it needs from ``problem
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from random import Random
 from typing import Any, Literal
 from zlib import crc32
@@ -59,17 +60,23 @@ def problems(split: Split, n: int, seed: int = 0) -> list[Problem]:
     Raises:
         ValueError: ``n`` is more than the split has (about 14,500 for training and 1,600 held out).
     """
+    pool = _pool(split)
+    if n > len(pool):
+        raise ValueError(f"the {split} split has {len(pool)} problems, {n} were asked for")
+    return Random(seed).sample(pool, n)
+
+
+@cache
+def _pool(split: Split) -> tuple[Problem, ...]:
+    """Return all problems of a split."""
     numbers = range(10, 100)
-    pool = [
+    return tuple(
         Problem(first, second, words)
         for first in numbers
         for second in numbers
         if _is_held_out(first, second) == (split == "held-out")
         for words in ((False, True) if has_two_words(first) and has_two_words(second) else (False,))
-    ]
-    if n > len(pool):
-        raise ValueError(f"the {split} split has {len(pool)} problems, {n} were asked for")
-    return Random(seed).sample(pool, n)
+    )
 
 
 def rows(split: Split, n: int, seed: int = 0) -> list[Row]:

@@ -42,11 +42,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Check:
-    """A check: its title says what holds of a stage that passes it, and `mend` how to get there."""
+    """A check: its title says what holds of a stage that passes it, and `mend` how to get there.
+
+    `begin` starts what it needs of other processes, before all checks.
+    """
 
     title: str
     mend: str
     run: Callable[[Trial], None]
+    begin: Callable[[Trial], object] | None = None
 
 
 class Failure(Exception):
@@ -74,11 +78,13 @@ CHECKS: dict[str, Check] = {}
 """All checks by name, in the order in which they run."""
 
 
-def check(name: str, title: str, mend: str) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
+def check(
+    name: str, title: str, mend: str, begin: Callable[[Trial], object] | None = None
+) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Register the decorated function as a check. It raises `Failure` or `NotApplicable`, or returns."""
 
     def register(run: Callable[[Trial], None]) -> Callable[[Trial], None]:
-        CHECKS[name] = Check(title, mend, run)
+        CHECKS[name] = Check(title, mend, run, begin)
         return run
 
     return register
@@ -129,8 +135,12 @@ def outcomes(
 
     wanted = _wanted(checks)
     told: dict[str, str] = {}  # what failed, by what was said of it: one crash fails many checks
-    with tempfile.TemporaryDirectory(prefix="llmtk-check-") as folder:
+    with tempfile.TemporaryDirectory(prefix="llmtk-check-") as folder, contextlib.ExitStack() as stack:
         trial = Trial(stage, Path(folder), options=options, rows=rows)
+        stack.callback(trial.end)
+        for begin in filter(None, (CHECKS[name].begin for name in wanted)):
+            with contextlib.suppress(Exception):  # the check does it again, and tells
+                begin(trial)
         for name in wanted:
             outcome = _outcome(name, CHECKS[name], trial)
             if outcome.verdict is Verdict.FAILED and (first := told.setdefault(outcome.message, name)) != name:

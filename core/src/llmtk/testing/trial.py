@@ -25,6 +25,7 @@ from llmtk.training.tally import WindowTally, objective
 
 if TYPE_CHECKING:
     from llmtk.batch import Batch, Round
+    from llmtk.testing.two_ranks import TwoRanks
 
 ROWS = 8
 """Rows of a global batch."""
@@ -92,6 +93,7 @@ class Trial:
         self.folder = folder
         self.asked_options = dict(options or {})
         self.asked_rows = [dict(row) for row in rows] if rows is not None else None
+        self.two_ranks: TwoRanks | None = None
         self._made = 0
 
     @cached_property
@@ -154,10 +156,19 @@ class Trial:
         **train: Any,
     ) -> Run:
         """Make a run; keywords are keys under `train`."""
-        self._made += 1
         sections = merge(self.settings, {"train": train}, {self.name: dict(options or {})})
-        home = folder or self.folder / f"run-{self._made}"
+        home = folder or self.new_folder()
         return Run(self.given, plugins=plugins, resume=resume, output_dir=str(home), **sections)
+
+    def end(self) -> None:
+        """End what is still running beside."""
+        if self.two_ranks is not None:
+            self.two_ranks.end()
+
+    def new_folder(self) -> Path:
+        """Return a folder for a run, which no other has."""
+        self._made += 1
+        return self.folder / f"run-{self._made}"
 
     def set_up(self, **given: Any) -> Run:
         """Make a run, and load everything."""
