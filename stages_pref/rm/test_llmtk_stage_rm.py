@@ -134,7 +134,7 @@ def test_rewards_and_gradients_are_those_of_the_models_own_padded_forward(tmp_pa
     run = make(tmp_path / "run", fields=KINDS[kind])
     batch = set_up(run)
     model, _ = exported(run)
-    assert run.scorers[None].packed, run.scorers[None].why_padded
+    assert run.forward.scorers[None].packed, run.forward.scorers[None].why_padded
     rewards = run.values(batch)
     ids, mask = padded_rows(run)
     expected = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
@@ -173,7 +173,7 @@ def test_the_update_is_the_same_however_the_batch_is_cut_or_shuffled(tmp_path: P
     }.items():
         run = make(tmp_path / name, rows, {"center_rewards_coefficient": 0.1}, train=sgd | cut)
         run.train()
-        assert run.scorers[None].packed == (name != "padded")
+        assert run.forward.scorers[None].packed == (name != "padded")
         weights.append(torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()]))
     for other in weights[1:]:
         assert (other - weights[0]).norm() / weights[0].norm() < 1e-6
@@ -239,7 +239,7 @@ def test_an_adapter_is_trained_with_the_head_and_goes_on(tmp_path: Path) -> None
     lora = {"model": str(base), "peft": {"r": 4}, "train": {"max_steps": 20, "learning_rate": 1e-2}}
     run = make(tmp_path / "run", **lora)
     run.train()
-    assert run.scorers[None].packed, run.scorers[None].why_padded
+    assert run.forward.scorers[None].packed, run.forward.scorers[None].why_padded
     trained = [name for name, parameter in run.model.named_parameters() if parameter.requires_grad]
     assert any("score" in name for name in trained)
     assert all("lora" in name or "score" in name for name in trained)
@@ -262,7 +262,7 @@ def test_in_bfloat16_the_head_beside_an_adapter_stays_in_float32(tmp_path: Path)
     run = make(tmp_path / "run", model=str(base), peft={"r": 4}, train=train)
     before = run.evaluate()["loss"]
     assert run.train().metrics["eval_loss"] < before
-    assert run.scorers[None].packed, run.scorers[None].why_padded
+    assert run.forward.scorers[None].packed, run.forward.scorers[None].why_padded
     dtypes = {name.rpartition(".")[0].rpartition(".")[2]: p.dtype for name, p in run.model.named_parameters()}
     assert (dtypes["q_proj.base_layer".partition(".")[2]], dtypes["original_module"]) == (torch.bfloat16, torch.float32)
 

@@ -393,7 +393,7 @@ def test_bfloat16_trains_with_values_in_float32(make: Any) -> None:
     run = make(PPO, bf16=True, max_steps=4)
     run.train()
     assert lines(run)[0]["kl"] == 0, "policy and reference compute the same numbers"
-    assert run.scorers[None].packed, run.scorers[None].why_padded
+    assert run.forward.scorers[None].packed, run.forward.scorers[None].why_padded
 
 
 @pytest.mark.parametrize("scoring", ["auto", "padded"])

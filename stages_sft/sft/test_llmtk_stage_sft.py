@@ -267,7 +267,7 @@ def test_a_mixture_of_experts_trains_with_its_router_loss(tmp_path: Path, scorin
     )
     run.save(tmp_path / "start")
     run.train()
-    assert run.scorers[None].packed == (scoring == "auto")
+    assert run.forward.scorers[None].packed == (scoring == "auto")
 
     model = llmtk.load(str(tmp_path / "start"))[0].float().train()
     ids = torch.tensor([run.train_rows[index]["input_ids"] for index in range(3)])

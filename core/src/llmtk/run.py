@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import signal
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from llmtk.batch import Batch, Mean
 from llmtk.config.problems import shown
 from llmtk.config.reading import merge, without_shorthands
 from llmtk.config.run_config import SWITCHES, RunConfig, resolve
-from llmtk.contract import REFERENCE, Data, Dataset, Row, Stage
+from llmtk.contract import Data, Dataset, Row, Stage
 from llmtk.errors import ConfigurationError, DatasetError, LlmtkError
 from llmtk.folder import RunFolder
 from llmtk.generation import Completion, Engine, Sampling
@@ -33,21 +33,17 @@ from llmtk.reporting.console import Console
 from llmtk.reporting.logs import RunLog
 from llmtk.reporting.records import Records
 from llmtk.reporting.speed import Speed
-from llmtk.scoring import Memory, Scorer, Scores
-from llmtk.scoring.kept import keep_less
+from llmtk.scoring import Memory, Scores
 from llmtk.training import checkpoints, loop, optimizers, setup, snapshot
 from llmtk.training.backend import Backend
 from llmtk.training.evaluation import eval_mode, evaluate
 from llmtk.training.events import Evaluation, Plan
 from llmtk.training.fetching import Fetcher
 from llmtk.training.loop import Interrupted
-from llmtk.training.micro_batches import cut_window
-from llmtk.training.neftune import EmbeddingNoise
 from llmtk.training.order import share
-from llmtk.training.precompute import Precomputed, precompute
+from llmtk.training.precompute import precompute
 from llmtk.training.predicting import write_predictions
 from llmtk.training.randomness import Randomness
-from llmtk.training.router import RouterLoss
 from llmtk.training.signals import first_signal
 from llmtk.training.state import TrainState
 from llmtk.training.tally import Tally
@@ -60,13 +56,11 @@ if TYPE_CHECKING:
     from llmtk.contract import Demo
     from llmtk.data import Splits
     from llmtk.data.rows import Message, Prompt
+    from llmtk.training.forward import Forward
     from llmtk.training.order import Lengths, RowOrder
     from llmtk.training.stream import StreamedRows
 
 __all__ = ["Interrupted", "Result", "Run", "evaluate_run"]
-
-Answer = TypeVar("Answer")
-Told = TypeVar("Told", Scores, Tensor)
 
 
 @dataclass(frozen=True)
@@ -109,13 +103,9 @@ class Run:
     fetcher: Fetcher
     model: nn.Module
     frozen: dict[str, nn.Module]
-    views: dict[str, Callable[[], AbstractContextManager[None]]]
     changing: frozenset[str]
     """Frozen models that the stage moves, which checkpoints keep."""
-    scorers: dict[str | None, Scorer]
-    router: RouterLoss
-    noise: EmbeddingNoise | None
-    compiled: bool
+    forward: Forward
     optimizer: torch.optim.Optimizer
     order: RowOrder | StreamedRows
     plan: Plan
@@ -164,11 +154,8 @@ class Run:
         self._signal: int | None = None
         self._said: set[str] = set()
         self._subject = ""
-        self._also_scored: frozenset[str] = frozenset()
-        self._memory: Memory | None = None
         self._speed = Speed()
         self.whole_weights: dict[str, Tensor] | None = None
-        self.precomputed: Precomputed | None = None
         self.engine: Engine | None = None
         self._is_set_up = False
 
@@ -308,71 +295,39 @@ class Run:
         self, batch: Batch, *, model: str | None = None, also: Iterable[str] = (), temperature: float = 1.0
     ) -> Scores:
         """Return the log-prob of every target token."""
-        return self._asked(("score", model, temperature), batch, lambda: self._score(batch, model, also, temperature))
-
-    def _score(self, batch: Batch, model: str | None, also: Iterable[str], temperature: float) -> Scores:
-        if self.precomputed is not None and model == REFERENCE:
-            assert temperature == 1, "a stage that honours precompute_reference scores at temperature 1"
-            return self.precomputed.scores(batch, also)
-        wanted = frozenset(also) | (self._also_scored if model is None else frozenset())
-        return self.scorers[model].score(self._forward(model, batch), batch, wanted, temperature)
-
-    @contextlib.contextmanager
-    def scoring_also(self, *names: str) -> Iterator[None]:
-        """Have the policy's scores hold more within a context than the stage asks for."""
-        before = self._also_scored
-        self._also_scored = before | frozenset(names)
-        try:
-            yield
-        finally:
-            self._also_scored = before
-
-    @contextlib.contextmanager
-    def remembering(self) -> Iterator[Memory]:
-        """Take down within a context what models are asked about a micro-batch."""
-        before = self._memory
-        self._memory = Memory(before)
-        try:
-            yield self._memory
-        finally:
-            self._memory = before
+        return self.forward.score(batch, model, also, temperature)
 
     def score_window(
         self, batch: Batch, *, model: str | None = None, also: Iterable[str] = (), temperature: float = 1.0
     ) -> Scores:
         """Score a whole window without gradient, in micro-batches, in eval mode. All ranks must call it together."""
-        wanted = frozenset(also)
-        if self.precomputed is not None and model == REFERENCE:
-            return self.precomputed.scores(batch.to(self.device), wanted)
-
-        def scored(part: Batch) -> Scores:
-            return self.score(part, model=model, also=wanted, temperature=temperature)
-
-        parts, targets = self._over_window(batch, model, scored)
-        return Scores.join(parts, targets, batch.to(self.device), wanted)
+        return self.forward.score_window(batch, model, also, temperature)
 
     def values(self, batch: Batch, *, model: str | None = None) -> Tensor:
         """Return the value (targets,) at the position that predicts each target, by a head of one value a token."""
-        scorer, forward = self.scorers[model], self._forward(model, batch)
-        return self._asked(("values", model), batch, lambda: scorer.values(forward, batch))
+        return self.forward.values(batch, model)
 
     def values_window(self, batch: Batch, *, model: str | None = None) -> Tensor:
         """Return a whole window's values (targets,), as `score_window` scores it. All ranks must call it together."""
-        parts, targets = self._over_window(batch, model, lambda part: self.values(part, model=model))
-        values = torch.zeros(len(targets), device=self.device)
-        values[targets.to(self.device)] = torch.cat([values[:0], *parts])
-        return values
+        return self.forward.values_window(batch, model)
 
     def map_logits(self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = ()) -> Tensor:
         """Apply `fn(logits, *columns)` to the logits at target positions, with the exact gradient."""
-        scorer, forward = self.scorers[None], self._forward(None, batch)
-        return self._asked("map_logits", batch, lambda: scorer.map_logits(forward, batch, fn, columns))
+        return self.forward.map_logits(batch, fn, columns)
+
+    def scoring_also(self, *names: str) -> AbstractContextManager[None]:
+        """Have the policy's scores hold more within a context than the stage asks for."""
+        return self.forward.scoring_also(names)
+
+    def remembering(self) -> AbstractContextManager[Memory]:
+        """Take down within a context what models are asked about a micro-batch."""
+        return self.forward.remembering()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> list[list[Completion]]:
         """Sample completions of tokenised prompts with the current policy, without gradient."""
-        if not self.scorers[None].has_logits:
+        if not self.forward.scorers[None].has_logits:
             raise ConfigurationError(f"a model of stage {self.stage_name} has a head of one value, and writes no text")
         if self.engine is None:
             self.engine = engine_of(self)
@@ -570,8 +525,8 @@ class Run:
         """Load everything, and compute what is wanted of it before training."""
         if not self._is_set_up:
             setup.load(self)
-        if self.config.train.precompute_reference and self.precomputed is None and not only_to_plan:
-            self.precomputed = precompute(self)
+        if self.config.train.precompute_reference and self.forward.precomputed is None and not only_to_plan:
+            self.forward.precomputed = precompute(self)
         self._is_set_up = True
 
     # Training
@@ -670,56 +625,6 @@ class Run:
             return {"figure": self.demo.measure(self)} | {name: fn(self) for name, fn in self.demo.also.items()}
 
     # Small things
-
-    def _asked(self, question: Hashable, batch: Batch, compute: Callable[[], Told]) -> Told:
-        return compute() if self._memory is None else self._memory.asked(batch, compute, question)
-
-    def _over_window(
-        self, batch: Batch, model: str | None, fn: Callable[[Batch], Answer]
-    ) -> tuple[list[Answer], Tensor]:
-        """Apply `fn` to the micro-batches of a window without gradient, in eval mode.
-
-        Return the answers that count, and which of the window's targets (targets,) they are about, one after the other.
-        """
-        train = self.config.train
-        cut = cut_window(batch, self.backend, rows=train.per_device_train_batch_size, tokens=train.micro_batch_tokens)
-        with torch.no_grad(), eval_mode(self.frozen.get(model or "", self.model)):
-            answers = [fn(part.batch) for part in cut.parts]
-        counting = [part for part in cut.parts if part.counts]
-        return answers[: len(counting)], batch.targets_of([group for part in counting for group in part.groups])
-
-    def _forward(self, model: str | None, batch: Batch) -> Callable[..., Any]:
-        if model is None:
-
-            def policy(**inputs: Any) -> Any:
-                # What is compiled chooses itself what to keep.
-                with keep_less(self.device, 0 if self.compiled else len(batch.tokens)), self._noise(batch, inputs):
-                    output = self.backend.wrapped(**inputs)
-                self.router.hear(output, batch)
-                return output
-
-            return policy
-        if model in self.views:
-            view, wrapped = self.views[model], self.backend.wrapped
-
-            def seen(**inputs: Any) -> Any:
-                with torch.no_grad(), view():
-                    return wrapped(**inputs)
-
-            return seen
-        frozen = self.frozen[model]
-
-        def forward(**inputs: Any) -> Any:
-            with torch.no_grad(), self.backend.autocast():
-                return frozen(**inputs)
-
-        return forward
-
-    def _noise(self, batch: Batch, inputs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
-        """Put noise on the embeddings of what the policy is trained on, and of nothing else."""
-        if self.noise is None or not (self.model.training and torch.is_grad_enabled()):
-            return contextlib.nullcontext()
-        return self.noise.on(batch, inputs)
 
     def _encode(self, data: Any) -> Dataset:
         from llmtk.data import read_rows

@@ -119,7 +119,7 @@ def test_a_run_takes_the_plain_way_and_says_so(breaks, tmp_path, monkeypatch, ca
     breaks(monkeypatch)
     run = make_run(tmp_path / "run")
     run._set_up()
-    assert run.scorers[None].packed
+    assert run.forward.scorers[None].packed
     sampling = Sampling(n=2, max_new_tokens=6)
     answers = [run.generate(PROMPTS, sampling) for _ in range(2)]
     assert told(answers[0]) == told(answers[1]) == told(generate(run.model, PROMPTS, sampling))

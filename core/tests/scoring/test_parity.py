@@ -284,7 +284,7 @@ def test_a_run_trains_the_same_both_ways(tmp_path, monkeypatch, settings):
             output_dir=str(tmp_path / scoring),
         )
         run.train()
-        assert run.scorers[None].packed == (scoring == "auto")
+        assert run.forward.scorers[None].packed == (scoring == "auto")
         lines = run.records.read("metrics")
         trained[scoring] = {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}, lines
     (weights, lines), (plain_weights, plain_lines) = trained["auto"], trained["padded"]

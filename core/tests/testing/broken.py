@@ -341,7 +341,7 @@ class ByPlaceInThePaddedRow(Sound):
 
     def compute_loss(self, run, batch):
         output = super().compute_loss(run, batch)
-        scale = 2.0 if run.scorers[None].packed else 1.0  # as if its own indices fitted one layout alone
+        scale = 2.0 if run.forward.scorers[None].packed else 1.0  # as if its own indices fitted one layout alone
         return replace(output, terms={"loss": Term(output.terms["loss"].sum * scale, "tokens")})
 
 

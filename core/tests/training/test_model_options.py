@@ -153,4 +153,4 @@ def test_quantised_weights_are_scored_as_transformers_does(tmp_path, folder, bit
     rows = [run.train_rows[index] for index in range(4)]
     loss = -log_probs(run.model.eval(), rows).mean().item()
     assert run.evaluate(ROWS[:4])["loss"] == pytest.approx(loss, rel=1e-5 if bits == "4bit" else 1e-3)
-    assert run.scorers[None].packed or run.scorers[None].why_padded
+    assert run.forward.scorers[None].packed or run.forward.scorers[None].why_padded

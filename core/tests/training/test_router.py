@@ -89,7 +89,7 @@ def test_each_micro_batch_counts_by_its_tokens(tmp_path, scoring, size):
     run = moe(tmp_path / "run", scoring=scoring, learning_rate=1e-3, **cut)
     taken = started(run)
     run.train()
-    assert run.scorers[None].packed == (scoring == "auto")
+    assert run.forward.scorers[None].packed == (scoring == "auto")
     ids = [list(row["input_ids"]) for row in taken[0]]
     assert len({len(row) for row in ids}) > 2
     loss, router_loss, gradients = by_hand(run, [ids[i : i + size] for i in range(0, 6, size)])

@@ -77,11 +77,11 @@ class BuiltinEngine:
         if self._packed is None:
             run = self.run
             why = None
-            if run.scorers[None].packed:
+            if run.forward.scorers[None].packed:
                 why = run.first_of_ranks(why_not_packed(run.model, together))
                 if why:
                     run.notify(f"Generation takes the plain way: {why}")
-            self._packed = run.scorers[None].packed and why is None
+            self._packed = run.forward.scorers[None].packed and why is None
         return self._packed
 
     def _anyone(self, goes_on: bool) -> bool:

@@ -27,7 +27,7 @@ def output_line(run: Run, checkpoint: Path | None) -> str:
 
 def plan_lines(run: Run) -> list[str]:
     """Return what a run that is set up would do, in words."""
-    plan, scorer = run.plan, run.scorers[None]
+    plan, scorer = run.plan, run.forward.scorers[None]
     (_, origin), *others = plan.plugins
     plugins = ", ".join(f"{name} ({source})" for name, source in others)
     share = f"{plan.trainable_parameters:,} ({plan.trainable_parameters / plan.total_parameters:.1%}) of them trained"
@@ -43,7 +43,7 @@ def plan_lines(run: Run) -> list[str]:
         *([f"predict    {counted(len(run.questions), 'row')}, with the finished model"] if run.questions else []),
         f"compute    {plan.precision} on {plan.device}",
         "scoring    packed, proven on this model" if scorer.packed else f"scoring    padded: {scorer.why_padded}",
-        *(["compiled   the layers, proven on this model"] if run.compiled else []),
+        *(["compiled   the layers, proven on this model"] if run.forward.compiled else []),
         *([f"plugins    {plugins}; after the stage, in this order; the last is outermost"] if plugins else []),
     ]
 

@@ -317,7 +317,7 @@ def _cuts(trial: Trial) -> list[tuple[str, Measured]]:
 )
 def packed(trial: Trial) -> None:
     run, padded = trial.set_up(), trial.set_up(scoring="padded")
-    if not run.scorers[None].packed:
+    if not run.forward.scorers[None].packed:
         raise NotApplicable("the model is not scored packed here")
     window = trial.round_of(run).windows[0]
     _compare(measure(run, window), measure(padded, window), "with packed rows", "with padded rows")

@@ -46,9 +46,9 @@ def evaluate(run: Run, rows: Dataset) -> dict[str, float] | None:
 def _evaluate_window(run: Run, window: object) -> Tally:
     config = run.config.train
     cut = cut_window(window, run.backend, rows=config.per_device_eval_batch_size, tokens=config.micro_batch_tokens)  # type: ignore[arg-type]
-    tally = WindowTally(run.router.totals(cut))
+    tally = WindowTally(run.forward.router.totals(cut))
     for part in cut.parts:
-        tally.add(part, run.router.around(run.hooks.evaluate_batch, part.batch))
+        tally.add(part, run.forward.router.around(run.hooks.evaluate_batch, part.batch))
     return tally.finish(run.backend)[0]
 
 

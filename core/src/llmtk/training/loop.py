@@ -86,12 +86,12 @@ def _step(run: Run, window: Batch, began: float) -> StepReport:
     """Run one window forward and backward, and take the optimizer step."""
     state, config, backend = run.state, run.config.train, run.backend
     cut = cut_window(window, backend, rows=config.per_device_train_batch_size, tokens=config.micro_batch_tokens)
-    totals = run.router.totals(cut)
+    totals = run.forward.router.totals(cut)
     parts = cut.parts if any(cut.totals.values()) else []
     window_tally = WindowTally(totals)
     for index, part in enumerate(parts):
         with backend.micro_batch(last=index == len(parts) - 1):
-            output = run.router.around(run.hooks.compute_loss, part.batch)
+            output = run.forward.router.around(run.hooks.compute_loss, part.batch)
             loss = objective(output.terms, totals, backend.world_size)
             backend.backward(loss if part.counts else loss * 0)
         window_tally.add(part, output)

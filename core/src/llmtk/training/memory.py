@@ -91,7 +91,7 @@ def kept_bytes(run: Run, tokens: int) -> int:
     """Return the bytes that scoring one sequence keeps for its backward pass, the model's weights left out."""
     sequence = Sequence([0] * tokens, [False] + [True] * (tokens - 1))
     batch = Batch.collate([Group([sequence], {})]).to(run.device)
-    score = run.score if run.scorers[None].has_logits else run.values
+    score = run.score if run.forward.scorers[None].has_logits else run.values
     found: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -96,7 +96,7 @@ def precompute(run: Run) -> Precomputed:
     else:
         run.notify(f"The reference's log-probs are read from {file}")
     known = dict(_unpacked(kept))
-    run.views.pop(REFERENCE, None)
+    run.forward.views.pop(REFERENCE, None)
     run.frozen.pop(REFERENCE, None)
     return Precomputed(known)
 
@@ -132,18 +132,18 @@ def _compute(run: Run) -> Known:
 @contextmanager
 def _answering(run: Run, precomputed: Precomputed | None) -> Iterator[None]:
     """Let this answer for the reference for a while; None: the reference itself."""
-    before, run.precomputed = run.precomputed, precomputed
+    before, run.forward.precomputed = run.forward.precomputed, precomputed
     try:
         yield
     finally:
-        run.precomputed = before
+        run.forward.precomputed = before
 
 
 def _key(run: Run) -> str:
     """Hash what the log-probs follow from: the model as it is now, its precision, the encoded rows, and the code."""
     digest = hashlib.blake2b(digest_size=20)
     model = run.frozen.get(REFERENCE, run.model)
-    scorer = run.scorers[REFERENCE]
+    scorer = run.forward.scorers[REFERENCE]
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -15,6 +15,7 @@ from llmtk.scoring import Scorer
 from llmtk.training import optimizers
 from llmtk.training.backend import Backend
 from llmtk.training.fetching import Fetcher
+from llmtk.training.forward import Forward
 from llmtk.training.neftune import EmbeddingNoise
 from llmtk.training.order import row_lengths, row_order
 from llmtk.training.planning import make_plan
@@ -154,19 +155,18 @@ def _load_models(run: Run) -> None:
     models = run.hooks.build_models()
     run.model = models.root
     run.frozen = dict(models.frozen)
-    run.views = dict(models.views)
     run.changing = models.changing
     if not _keeps_dropout(run):
         from llmtk.models.loading import disable_dropout
 
         disable_dropout(run.model)
     run.model.train()
-    run.router = RouterLoss(run.model, run.notify)
-    run.noise = _embedding_noise(run)
+    router, noise = RouterLoss(run.model, run.notify), _embedding_noise(run)
     own = _scorer(run, run.model)
-    run.scorers = {None: own, **dict.fromkeys(run.views, own)}
-    run.scorers |= {name: _scorer(run, model) for name, model in run.frozen.items()}
-    run.compiled = _compile(run)
+    scorers: dict[str | None, Scorer] = {None: own, **dict.fromkeys(models.views, own)}
+    scorers |= {name: _scorer(run, model) for name, model in run.frozen.items()}
+    run.forward = Forward(run, scorers, models.views, router, noise)
+    run.forward.compiled = _compile(run)
 
 
 def _compile(run: Run) -> bool:
@@ -177,7 +177,7 @@ def _compile(run: Run) -> bool:
     from llmtk.training.compiling import compile_layers
 
     backend, mode = train.torch_compile_backend, train.torch_compile_mode
-    reason = compile_layers(run.model, run.scorers[None], run.gather, backend, mode)
+    reason = compile_layers(run.model, run.forward.scorers[None], run.gather, backend, mode)
     if reason:
         run.notify(f"train.torch_compile is left out, the model computes as without: {reason}")
     return reason is None
