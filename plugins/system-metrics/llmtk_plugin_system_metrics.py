@@ -18,6 +18,7 @@ from llmtk import RunView, Section, hookimpl
 from llmtk.training.events import Plan, StepReport
 
 GIB = 2**30
+LEFT_OUT = "system-metrics: the GPU cannot be asked, so its figures are left out: {}"
 
 
 class SystemMetrics:
@@ -45,24 +46,35 @@ class SystemMetrics:
         now = time.monotonic()
         if now - self.looked >= self.options.every:
             self.looked = now
-            self.seen.append(self._look())
+            self.seen.append(self._look(run))
 
     @hookimpl
     def extra_timings(self, run: RunView, step: StepReport) -> Mapping[str, float]:
-        figures = summed_up(self.seen or [self._look()])
+        figures = summed_up(self.seen or [self._look(run)])
         self.seen = []
         everyone = run.gather(figures)
         if len(everyone) == 1:
             return figures
         return {f"rank{rank}/{name}": value for rank, theirs in enumerate(everyone) for name, value in theirs.items()}
 
-    def _look(self) -> dict[str, float]:
+    def _look(self, run: RunView) -> dict[str, float]:
         machine = psutil.virtual_memory()
         return {
-            **(self.gpu.look() if self.gpu else {}),
+            **self._look_at_gpu(run),
             "process_memory_gib": self.process.memory_info().rss / GIB,
             "machine_memory_gib": (machine.total - machine.available) / GIB,
         }
+
+
+    def _look_at_gpu(self, run: RunView) -> dict[str, float]:
+        if self.gpu is None:
+            return {}
+        try:
+            return self.gpu.look()
+        except self.gpu.failure as error:  # a driver that hangs up must not take the run along
+            run.notify(LEFT_OUT.format(error))
+            self.gpu = None
+            return {}
 
 
 class Gpu:
@@ -70,6 +82,7 @@ class Gpu:
 
     def __init__(self, nvml: Any, uuid: str) -> None:
         self._nvml = nvml
+        self.failure: type[Exception] = nvml.NVMLError
         nvml.nvmlInit()
         self._handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
         self.look()  # a device may be known, and not tell
@@ -92,11 +105,12 @@ def find_gpu(run: RunView) -> Gpu | None:
         # By its UUID: the library numbers all devices of the machine, torch those that CUDA_VISIBLE_DEVICES leaves.
         return Gpu(pynvml, f"GPU-{torch.cuda.get_device_properties(run.device).uuid}")
     except pynvml.NVMLError as error:
-        run.notify(f"system-metrics: the GPU cannot be asked, so its figures are left out: {error}")
+        run.notify(LEFT_OUT.format(error))
         return None
 
 
 def summed_up(looks: list[dict[str, float]]) -> dict[str, float]:
-    """Return of each figure the mean, or of memory the largest, over one look or more."""
-    by_name = {name: [look[name] for look in looks] for name in looks[0]}
+    """Return of each figure the mean, or of memory the largest, over those looks that have it, of one or more."""
+    names = dict.fromkeys(name for look in looks for name in look)
+    by_name = {name: [look[name] for look in looks if name in look] for name in names}
     return {name: max(values) if "memory" in name else sum(values) / len(values) for name, values in by_name.items()}

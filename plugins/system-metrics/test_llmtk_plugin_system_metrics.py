@@ -116,6 +116,24 @@ def test_a_gpu_that_cannot_be_asked_is_left_out(nvml: Nvml, nvml_has: dict[str, 
     assert said == [f"system-metrics: the GPU cannot be asked, so its figures are left out: {told}"]
 
 
+def test_a_gpu_that_stops_telling_is_left_out_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Lost(Nvml):
+        def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:
+            if self.looks > 2:
+                raise self.NVMLError("GPU is lost")
+            return super().nvmlDeviceGetMemoryInfo(handle)
+
+    monkeypatch.setattr("llmtk_plugin_system_metrics.find_gpu", lambda run: Gpu(Lost(), "GPU-1234"))
+    assert make(tmp_path, every=0).train().steps == 4
+    first, second = lines(tmp_path, "timings")
+    assert first["system-metrics/gpu_utilisation"] == 20
+    assert "system-metrics/gpu_utilisation" not in second
+    assert second["system-metrics/process_memory_gib"] > 0
+    assert capsys.readouterr().out.count("its figures are left out: GPU is lost") == 1
+
+
 def test_a_cpu_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert find_gpu(run_on("cpu")) is None

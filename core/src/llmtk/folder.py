@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CONFIG, INFO, RESULTS, LOCK = "config.yaml", "run.json", "results.json", ".lock"
 PREDICTIONS = "predictions.jsonl"
 MAY_CHANGE = (
+    "predict.",
     "output_dir",
     "data.cache",
     "data.num_proc",
@@ -50,6 +51,8 @@ MAY_CHANGE = (
 """Settings that a resumed run may change: how long and how it is watched, not what it computes."""
 CHOOSES = ("train.load_best_model_at_end", "train.metric_for_best_model", "train.greater_is_better")
 """Those of them that choose the exported model. What another one has predicted is not gone on with."""
+MEASURES = ("predict.metrics", "predict.reference")
+"""Those that say what predictions are worth, and not what they are."""
 
 
 class RunFolder:
@@ -118,7 +121,7 @@ class RunFolder:
             if run.backend.is_main:
                 self._take()
                 self.check_same_run(run)
-                self._drop_predictions_of_another_model(run)
+                self._drop_other_predictions(run)
                 self._write_facts(run)
         with run.backend.together("looking into output_dir", ConfigurationError):
             if not (self.path / CONFIG).is_file():  # every rank writes to the run's checkpoints
@@ -238,12 +241,13 @@ class RunFolder:
         self._lock.write(str(os.getpid()))
         self._lock.flush()
 
-    def _drop_predictions_of_another_model(self, run: Run) -> None:
-        """Take predictions away where the run is gone on with, and told to choose its model otherwise."""
+    def _drop_other_predictions(self, run: Run) -> None:
+        """Take predictions away where the run is gone on with, and told to choose its model or to answer otherwise."""
         if not (self.path / PREDICTIONS).exists() or not (self.path / CONFIG).exists():
             return
         stored, given = flat(read_file(self.path / CONFIG)), flat(settings_of(run))
-        if any(stored.get(key) != given.get(key) for key in CHOOSES):
+        changed = [key for key in stored.keys() | given.keys() if stored.get(key) != given.get(key)]
+        if any(key.startswith((*CHOOSES, "predict.")) and not key.startswith(MEASURES) for key in changed):
             (self.path / PREDICTIONS).unlink()
 
     def _write_facts(self, run: Run) -> None:

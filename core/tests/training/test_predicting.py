@@ -130,17 +130,24 @@ def test_another_model_answers_anew(make):
     assert len(predictions(after).splitlines()) == len(QUESTIONS)
 
 
-def test_a_run_that_chooses_its_model_otherwise_answers_anew(make, monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "anew"),
+    [
+        ({}, False),
+        ({"metrics": []}, False),
+        ({"train": {"greater_is_better": True}}, True),
+        ({"seed": 1}, True),
+    ],
+    ids=["the same", "other metrics", "another model", "another draw"],
+)
+def test_a_resumed_run_answers_anew_where_answers_would_be_others(make, monkeypatch, changes, anew):
     run = make()
     run.train()
     (run.output_dir / "results.json").unlink()  # as if it had been killed just before
     answered, real = [], Output.write
     monkeypatch.setattr(Output, "write", lambda self, lines: (answered.append(len(lines)), real(self, lines)))
-    make(resume="auto").train()
-    assert answered == []
-    (run.output_dir / "results.json").unlink()
-    make(train={"greater_is_better": True}, resume="auto").train()
-    assert answered == [4, 4, 3]
+    make(resume="auto", **changes).train()
+    assert answered == ([4, 4, 3] if anew else [])
 
 
 class Judge(Lm):
