@@ -1,10 +1,10 @@
-"""Numbers as a person reads them."""
+"""What a person reads: numbers, and lines that are too long."""
 
 from __future__ import annotations
 
 import pytest
 
-from llmtk.reporting.console import Console, counted, decimal
+from llmtk.reporting.console import Console, counted, decimal, wrapped
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,17 @@ def test_a_line_of_the_log_stays_short(capsys):
 
 def test_one_is_not_several():
     assert (counted(1, "row"), counted(0, "row"), counted(1000, "row")) == ("1 row", "0 rows", "1,000 rows")
+
+
+def test_a_line_of_a_plan_goes_on_below_what_it_says_on_a_terminal(monkeypatch, capsys):
+    line = "plugins    ema (llmtk-plugin-ema 0.1.0), early-stopping (llmtk-plugin-early-stopping 0.1.0)"
+    assert wrapped(line) == line, "in a pipe a line stays one"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert wrapped(line).splitlines() == [
+        "plugins    ema (llmtk-plugin-ema 0.1.0), early-stopping",
+        "           (llmtk-plugin-early-stopping 0.1.0)",
+    ]
+    assert wrapped("No plan begins with such a sentence, which goes on at the margin").splitlines()[1] == "margin"
+    path = f"output     /{'a' * 80}"
+    assert path.split()[1] in wrapped(path).splitlines()[-1], "a path is never broken"

@@ -29,6 +29,7 @@ def command(words: tuple[str, ...], resume: str | None, for_scripts: bool) -> No
     Takes the words of `llmtk run`, and refuses what it would refuse. Data and model are loaded; nothing is written.
     """
     run = made(words, resume)
+    from llmtk.reporting.console import wrapped
     from llmtk.reporting.summary import memory_line, output_line, plan_lines
     from llmtk.training.memory import estimate
 
@@ -39,5 +40,6 @@ def command(words: tuple[str, ...], resume: str | None, for_scripts: bool) -> No
     if for_scripts:
         as_json({**asdict(plan), "memory": {**asdict(memory), "total": memory.total}})
         return
-    click.echo("\n".join([*plan_lines(run), memory_line(run, memory), output_line(run, checkpoint)]))
+    for line in [*plan_lines(run), memory_line(run, memory), output_line(run, checkpoint)]:
+        click.echo(wrapped(line))
     click.echo("Nothing was trained. To train: llmtk run with the same words")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,10 @@ from llmtk.reporting.logs import LOGGER
 
 if TYPE_CHECKING:
     from llmtk.training.events import Evaluation, StepReport
+
+
+NAME = 11
+"""Columns that the name takes in a line of a plan."""
 
 
 class Console:
@@ -23,13 +29,20 @@ class Console:
 
     def say(self, message: str) -> None:
         """Print a line, above the live display if there is one, and log it."""
+        self._say(message, message)
+
+    def say_field(self, line: str) -> None:
+        """Print a line of a plan, in several of the terminal's if it is too long for one, and log it."""
+        self._say(line, wrapped(line))
+
+    def _say(self, message: str, shown: str) -> None:
         if not self.speaks:
             return
         LOGGER.info(message)
         if self._progress is not None:
-            self._progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
+            self._progress.console.print(shown, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(message, flush=True)
+            print(shown, flush=True)
 
     def show(self, table: Any) -> None:
         """Print a table of rich's, above the live display if there is one."""
@@ -107,3 +120,12 @@ def decimal(value: float, places: int = 4) -> str:
 def counted(count: int, what: str) -> str:
     """Return `1 row`, `1,000 rows`."""
     return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def wrapped(line: str) -> str:
+    """Return a line of a plan as a terminal is to show it: one that is too long for it goes on below what it says."""
+    if not sys.stdout.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    below = " " * NAME if line[NAME - 1 : NAME] == " " else ""
+    return textwrap.fill(line, width, subsequent_indent=below, break_long_words=False, break_on_hyphens=False)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def say_plan(run: Run, checkpoint: Path | None) -> None:
     """Print what the run is going to do."""
     for line in [*plan_lines(run), output_line(run, checkpoint)]:
-        run.console.say(line)
+        run.console.say_field(line)
 
 
 def output_line(run: Run, checkpoint: Path | None) -> str:
