@@ -175,10 +175,16 @@ def test_commands(loaded: LanguageModel, llmtk: Llmtk, monkeypatch: pytest.Monke
     assert "/reset   forget what was said" in out
 
 
-def test_two_models_are_compared(loaded: LanguageModel, llmtk: Llmtk, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, _ = talk(llmtk, monkeypatch, ["37+48="], "--compare", "builtin", "builtin")
+def test_two_models_are_compared(
+    loaded: LanguageModel, llmtk: Llmtk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "saved.jsonl"
+    out, _ = talk(llmtk, monkeypatch, ["37+48=", f"/save {file}"], "--compare", "builtin", "builtin")
     (answer,) = loaded.answer(["37+48="], **GREEDY)
     assert out.splitlines() == [f"builtin (1): {answer}", f"builtin (2): {answer}"]
+    saved = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["model"] for row in saved] == ["builtin (1)", "builtin (2)"]
+    assert [row["messages"][1]["content"] for row in saved] == [answer, answer]
 
 
 @pytest.mark.parametrize("words", [("builtin", "builtin"), ("--compare", "builtin"), ("--compare", *["builtin"] * 3)])

@@ -94,8 +94,10 @@ def _obey(chats: Sequence[Chat], line: str) -> bool:
         for chat in chats:
             chat.reset(rest or None if word == "/system" else chat.system)
     elif word == "/save" and rest:
-        for chat in chats:
-            chat.save(rest)
+        from llmtk.inference.chat import names_of
+
+        for name, chat in zip(names_of([chat.model for chat in chats]), chats, strict=True):
+            chat.save(rest, **({"model": name} if len(chats) > 1 else {}))
         click.echo(f"saved: {rest}", err=True)
     elif word == "/save":
         click.echo("/save needs a file: /save dialogues.jsonl", err=True)

@@ -64,13 +64,16 @@ class Chat:
         self._asked += 1
         return answer
 
-    def save(self, path: str) -> None:
-        """Append the dialogue to a file, as a row that can be trained on. ConfigurationError where that cannot be."""
+    def save(self, path: str, **columns: str) -> None:
+        """Append the dialogue to a file, as a row that can be trained on, with these columns beside it.
+
+        ConfigurationError where that cannot be.
+        """
         if not any(message["role"] == "assistant" for message in self.messages):
             raise ConfigurationError("there is nothing to save yet")
         try:
             with Path(path).expanduser().open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+                stream.write(json.dumps({"messages": self.messages, **columns}, ensure_ascii=False) + "\n")
         except OSError as error:
             raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from error
 
