@@ -244,6 +244,7 @@ def test_a_chat_in_a_terminal(tmp_path: Path, model: LanguageModel) -> None:
     terminal.expect(r"saved: (.|\n)*> ")
     terminal.type("half a question")
     terminal.expect("half a question")
+    time.sleep(1)  # until it waits for a key again: of a signal just before, Python's readline hears with the next key
     terminal.process.send_signal(signal.SIGINT)
     terminal.expect(r"Ctrl-D ends\.(.|\n)*> ")
     terminal.type("/quit\n")
