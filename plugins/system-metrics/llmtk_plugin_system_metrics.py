@@ -65,7 +65,6 @@ class SystemMetrics:
             "machine_memory_gib": (machine.total - machine.available) / GIB,
         }
 
-
     def _look_at_gpu(self, run: RunView) -> dict[str, float]:
         if self.gpu is None:
             return {}

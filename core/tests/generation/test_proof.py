@@ -51,7 +51,14 @@ def scale(factor):
 
 
 def first_prompt_for_all(monkeypatch):
-    monkeypatch.setattr(cache, "_grid", lambda of, *rest, grid=cache._grid: grid([0] * len(of), *rest))
+    of_prompts = cache.Step.attend
+
+    def attend(self, *args, **settings):
+        if not self._in_place:
+            self._back.fill_(0)
+        return of_prompts(self, *args, **settings)
+
+    monkeypatch.setattr(cache.Step, "attend", attend)
 
 
 def neighbours_slots(monkeypatch):

@@ -385,6 +385,9 @@ class GenerationConfig(Section):
     """Options of an installed engine."""
     batch_size: int = Field(64, ge=1)
     """Sequences written side by side, at most."""
+    cuda_graphs: bool = True
+    """On CUDA the builtin engine records a step once, and launches it as a graph for each further token. It goes
+    without where that is not proven right on the model, which it says, and where forwards are collective."""
 
     @model_validator(mode="after")
     def _options_are_for_engines(self) -> GenerationConfig:

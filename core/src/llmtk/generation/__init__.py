@@ -21,6 +21,8 @@ from llmtk.scoring.proof import evaluating
 if TYPE_CHECKING:
     from torch import nn
 
+    from llmtk.generation.graphs import Record
+
 __all__ = ["Completion", "Engine", "Sampling", "Segment", "generate"]
 
 
@@ -44,6 +46,7 @@ def generate(
     seeds: Sequence[int] | None = None,
     *,
     packed: bool = False,
+    record: Record | None = None,
     decode: Decode | None = None,
     version: int = 0,
     together: Together | None = None,
@@ -52,9 +55,10 @@ def generate(
     """Sample `n` completions of each prompt: (prompts, n). The model's mode is left as it was.
 
     `seeds` (prompts,) give each prompt its own random numbers; without them, prompts are numbered under
-    `sampling.seed`. `packed` is for models patched for packed scoring (`llmtk.scoring.choose`). `decode` is needed for
-    stop strings; `version` is noted in the completions; `together` is for models whose forward is collective. `hear` is
-    told of each token as it is written; what it raises ends the call.
+    `sampling.seed`. `packed` is for models patched for packed scoring (`llmtk.scoring.choose`); `record` records its
+    steps, to replay them (`llmtk.generation.graphs`). `decode` is needed for stop strings; `version` is noted in the
+    completions; `together` is for models whose forward is collective. `hear` is told of each token as it is written;
+    what it raises ends the call.
 
     A completion that reaches the model's last position ends there. ValueError for a prompt without tokens, or one that
     leaves no room.
@@ -64,7 +68,7 @@ def generate(
 
     jobs = Jobs(prompts, sampling, Stopping(sampling, decode), positions_of(model), seeds, version, together, hear)
     with evaluating(model):
-        done = packed_way.Writer(model, jobs).write() if packed else plain.write(model, jobs)
+        done = packed_way.Writer(model, jobs, record).write() if packed else plain.write(model, jobs)
     n = sampling.n
     return [[done[index * n + copy] for copy in range(n)] for index in range(len(prompts))]
 

@@ -6,6 +6,7 @@ of one token for each sequence. Both reach attention under the keyword of layout
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,10 +73,18 @@ class Cache:
         """Which of these prompts the sequence in each slot continues."""
         self.lengths: list[int] = []
         """Tokens that the sequence in each slot has written, and whose keys are here."""
+        self.version = 0
+        """Counts how often tensors gave way to others."""
+
+    @property
+    def room(self) -> int:
+        """Tokens of a sequence that there is room for."""
+        return next(iter(self.layers.values())).keys.shape[2]
 
     def add_prompts(self, prefill: Prefill) -> list[int]:
         """Keep more prompts; return where they are."""
         before = len(self.prompt_lengths)
+        self.version += 1
         self.prompt_lengths += prefill.lengths
         longest = max(self.prompt_lengths)
         for index, (keys, values) in prefill.kept.items():
@@ -88,6 +97,7 @@ class Cache:
 
     def keep_prompts(self, kept: Sequence[int]) -> None:
         """Let all prompts but these go, which stand in this order from now on."""
+        self.version += 1
         self.prompt_lengths = [self.prompt_lengths[prompt] for prompt in kept]
         self.prompt_of = [kept.index(prompt) for prompt in self.prompt_of]
         longest = max(self.prompt_lengths, default=0)
@@ -116,6 +126,7 @@ class Cache:
         slots, length = len(self.lengths), max(self.lengths) + 1
         for layer in self.layers.values():
             if layer.keys.shape[0] < slots or layer.keys.shape[2] < length:
+                self.version += 1
                 wanted = max(slots, layer.keys.shape[0]), -(-length // GROWTH) * GROWTH
                 layer.keys, layer.values = (_grown(kept, *wanted) for kept in (layer.keys, layer.values))
 
@@ -124,21 +135,57 @@ class Step:
     """One token for each sequence: a packed row whose tokens attend to their prompt and to their own sequence.
 
     It has what the patched model asks of a layout: `ids` and `positions` (1, R), `predictors` and `copies` (R,).
+
+    With `spare` its tensors fit later steps too, which `fill` turns it into: there may be rows without a sequence, the
+    last ones, whose logits mean nothing, and keys that nobody sees.
     """
 
-    def __init__(self, cache: Cache, tokens: Sequence[int], device: torch.device) -> None:
+    def __init__(self, cache: Cache, tokens: Sequence[int], device: torch.device, *, spare: bool = False) -> None:
         cache.reserve()
-        self._cache = cache
-        self._at = torch.tensor(cache.lengths, device=device)
-        self._prompt_lengths = torch.tensor([cache.prompt_lengths[p] for p in cache.prompt_of], device=device)
-        self._rows = torch.arange(len(tokens), device=device)
-        self._longest = max(cache.lengths) + 1
-        self._grid = _grid(cache.prompt_of, len(cache.prompt_lengths), device)
+        self._cache, self._version = cache, cache.version
+        self._size, self._prompts = len(tokens), len(cache.prompt_lengths)
+        self._longest = cache.room if spare else max(cache.lengths) + 1
+        self._most = max(Counter(cache.prompt_of).values())
+        self._in_place = not spare and cache.prompt_of == [p for p in range(self._prompts) for _ in range(self._most)]
+        self._numbers = torch.tensor(self._listed(tokens), device=device)
+        cells = 0 if self._in_place else self._prompts * self._most
+        ids, positions, self._at, self._back, self._cells = torch.split(self._numbers, [self._size] * 4 + [cells])
+        self._rows = torch.arange(self._size, device=device)
         self._biases: dict[int | None, Tensor] = {}
-        self.ids = torch.tensor([tokens], device=device)
-        self.positions = (self._prompt_lengths + self._at)[None]
+        self.ids, self.positions = ids[None], positions[None]
         self.predictors = self._rows
         self.copies = torch.ones_like(self._rows)
+
+    def fits(self, rows: int) -> bool:
+        """Whether `fill` can turn this into a step of so many rows, of which it has not many more."""
+        counts = Counter(self._cache.prompt_of)
+        return (
+            self._version == self._cache.version
+            and self._size // 2 < rows <= self._size
+            and max(counts.values()) <= self._most
+        )
+
+    def fill(self, tokens: Sequence[int]) -> None:
+        """Become the step of the cache as it is now, in the same tensors. It must fit."""
+        self._numbers.copy_(torch.tensor(self._listed(tokens)))
+        self._biases.clear()
+
+    def _listed(self, tokens: Sequence[int]) -> list[int]:
+        """Return all numbers that a step consists of: tokens, positions, written, and the grid's cells.
+
+        The grid has a row's cells beside those of its prompt: the row in each cell (prompts x most,), and the cell of
+        each row. A cell without a row holds any, as does a row without a sequence.
+        """
+        cache, none = self._cache, [0] * (self._size - len(tokens))
+        positions = [cache.prompt_lengths[p] + n for p, n in zip(cache.prompt_of, cache.lengths, strict=True)]
+        placed = [0] * self._prompts
+        cells, back = [0] * (self._prompts * self._most), []
+        for row, prompt in enumerate(cache.prompt_of):
+            back.append(prompt * self._most + placed[prompt])
+            cells[back[-1]] = row
+            placed[prompt] += 1
+        listed = [[*tokens, *none], [*positions, *none], [*cache.lengths, *none], [*back, *none]]
+        return [number for part in (*listed, [] if self._in_place else cells) for number in part]
 
     def attend(
         self,
@@ -180,19 +227,18 @@ class Step:
 
         Rows of one prompt go into one product, so that its matrix is read once.
         """
-        cells, back = self._grid
         _, key_heads, group, width = rows.shape
-        placed = rows if cells is None else rows.index_select(0, cells)
+        placed = rows if self._in_place else rows.index_select(0, self._cells)
         beside = placed.reshape(len(prompts), -1, key_heads, group, width).transpose(1, 2)
         multiplied = product(beside.flatten(2, 3), prompts)
         apart: Tensor = torch.unflatten(multiplied, 2, (-1, group)).transpose(1, 2).flatten(0, 1)
-        return apart if back is None else apart.index_select(0, back)
+        return apart if self._in_place else apart.index_select(0, self._back)
 
     def _bias(self, window: int | None, layer: Layer) -> Tensor:
         """Return (R, 1, 1, longest prompt + longest sequence): 0, or minus infinity for keys not to be seen."""
         if window not in self._biases:
             device = self._at.device
-            lengths, at = self._prompt_lengths[:, None], self._at[:, None]
+            lengths, at = (self.positions[0] - self._at)[:, None], self._at[:, None]
             in_prompt = torch.arange(layer.prompt_keys.shape[2], device=device)[None]
             own = torch.arange(self._longest, device=device)[None]
             seen = torch.cat([in_prompt < lengths, own <= at], dim=1)
@@ -209,26 +255,6 @@ def _scores(queries: Tensor, keys: Tensor) -> Tensor:
     A CPU's kernels for bfloat16 are twice as fast with the larger matrix on the left.
     """
     return (keys @ queries.mT).mT
-
-
-def _grid(prompt_of: Sequence[int], prompts: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Return where rows stand beside those of their prompt: the row in each cell (prompts x most,), the cell of each.
-
-    Both are None where the rows lie so already. A cell without a row holds any.
-    """
-    counts = [0] * prompts
-    places = []
-    for prompt in prompt_of:
-        places.append(counts[prompt])
-        counts[prompt] += 1
-    most = max(counts)
-    back = [prompt * most + place for prompt, place in zip(prompt_of, places, strict=True)]
-    if back == list(range(prompts * most)):
-        return None, None
-    cells = [0] * (prompts * most)
-    for row, cell in enumerate(back):
-        cells[cell] = row
-    return torch.tensor(cells, device=device), torch.tensor(back, device=device)
 
 
 def _with_more(kept: Tensor, new: Sequence[Tensor], longest: int) -> Tensor:

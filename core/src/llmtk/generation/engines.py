@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llmtk.errors import PluginError
 from llmtk.generation import generate
+from llmtk.generation.graphs import on_cuda
 from llmtk.generation.proof import why_not_packed
 from llmtk.host import discovery
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from llmtk.config.sections import GenerationConfig
     from llmtk.generation import Engine
     from llmtk.generation.completions import Completion
+    from llmtk.generation.graphs import Record
     from llmtk.generation.jobs import Together
     from llmtk.generation.sampling import Sampling
     from llmtk.run import Run
@@ -48,11 +50,14 @@ def engine_of(run: Run) -> Engine:
 
 
 class BuiltinEngine:
-    """Writes packed where that is proven on the model, else the plain way, which it says."""
+    """Writes packed where that is proven on the model, else the plain way, which it says.
+
+    On CUDA, packed steps are replayed as graphs where that is proven too.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._packed: bool | None = None
+        self._way: tuple[bool, Record | None] | None = None
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None = None
@@ -62,27 +67,39 @@ class BuiltinEngine:
         together = self._anyone if run.backend.forward_is_collective else None
         # One context around it all: autocast keeps what it has cast until its end, so each weight is cast once.
         with run.backend.autocast():
+            if self._way is None:
+                self._way = self._find_way(together)
+            packed, record = self._way
             return generate(
                 run.model,
                 prompts,
                 sampling,
                 seeds,
-                packed=self._is_packed(together),
+                packed=packed,
+                record=record,
                 decode=lambda tokens: str(run.tokenizer.decode(tokens)),
                 version=run.step,
                 together=together,
             )
 
-    def _is_packed(self, together: Together | None) -> bool:
-        if self._packed is None:
-            run = self.run
-            why = None
-            if run.forward.scorers[None].packed:
-                why = run.first_of_ranks(why_not_packed(run.model, together))
-                if why:
-                    run.notify(f"Generation takes the plain way: {why}")
-            self._packed = run.forward.scorers[None].packed and why is None
-        return self._packed
+    def _find_way(self, together: Together | None) -> tuple[bool, Record | None]:
+        """Return whether to write packed, and what records steps, if they are to be replayed."""
+        if not self.run.forward.scorers[None].packed:
+            return False, None
+        record = self._recorder() if together is None else None
+        if record is not None and self._is_proven("Generation takes no CUDA graphs", record=record):
+            return True, record
+        return self._is_proven("Generation takes the plain way", together), None
+
+    def _recorder(self) -> Record | None:
+        wanted = self.run.device.type == "cuda" and self.run.config.generation.cuda_graphs
+        return on_cuda if wanted else None
+
+    def _is_proven(self, otherwise: str, together: Together | None = None, record: Record | None = None) -> bool:
+        why = self.run.first_of_ranks(why_not_packed(self.run.model, together, record))
+        if why:
+            self.run.notify(f"{otherwise}: {why}")
+        return why is None
 
     def _anyone(self, goes_on: bool) -> bool:
         return any(self.run.gather(goes_on))

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from llmtk.generation.cache import Cache, Prefill, Step
 from llmtk.generation.completions import Completion, Segment
+from llmtk.generation.graphs import Replayed
 from llmtk.generation.sampling import choose
 from llmtk.scoring.head import HeadShape, shaped
 from llmtk.scoring.packed import TASK, Task
 
 if TYPE_CHECKING:
+    from llmtk.generation.graphs import Record
     from llmtk.generation.jobs import Job, Jobs
 
 PREFILL_TOKENS = 4096
@@ -37,15 +39,19 @@ class Row:
 
 
 class Writer:
-    """Writes the completions of some jobs with a model whose causal part is patched."""
+    """Writes the completions of some jobs with a model whose causal part is patched.
 
-    def __init__(self, model: nn.Module, jobs: Jobs) -> None:
+    `record` records steps, where they can be replayed (`llmtk.generation.graphs`).
+    """
+
+    def __init__(self, model: nn.Module, jobs: Jobs, record: Record | None = None) -> None:
         self.model, self.jobs = model, jobs
         self.device = next(model.parameters()).device
         # Long prompts first: what does not fit into memory shows at once, and prompts side by side are of like length.
         self.waiting = deque(sorted(jobs.all, key=lambda job: -len(job.prompt_tokens)))
         self.rows: list[Row] = []
         self.cache = Cache()
+        self.replayed = Replayed(self.cache, self._forward, self.device, record) if record else None
         self.first_logits: dict[int, Tensor] = {}
         """By prompt that the cache keeps, the logits (vocabulary,) of what follows it."""
         self.places: dict[int, int] = {}
@@ -107,8 +113,8 @@ class Writer:
 
     def _advance(self) -> None:
         """Write one more token of every sequence."""
-        step = Step(self.cache, [row.tokens[-1] for row in self.rows], self.device)
-        logits = self._forward(step)
+        tokens = [row.tokens[-1] for row in self.rows]
+        logits = self.replayed(tokens) if self.replayed else self._forward(Step(self.cache, tokens, self.device))
         self.cache.lengths = [length + 1 for length in self.cache.lengths]
         self._write(self.rows, logits)
 

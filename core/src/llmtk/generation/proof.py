@@ -16,6 +16,7 @@ from llmtk.scoring import packed, padded, proof
 if TYPE_CHECKING:
     from torch import nn
 
+    from llmtk.generation.graphs import Record
     from llmtk.generation.jobs import Together
 
 LENGTHS = (3, 14, 1, 6)
@@ -26,32 +27,33 @@ STOPS = 8
 """One token in so many ends a completion, so that some leave while others go on."""
 
 
-def why_not_packed(root: nn.Module, together: Together | None = None) -> str | None:
+def why_not_packed(root: nn.Module, together: Together | None = None, record: Record | None = None) -> str | None:
     """Return why a root that is patched for packed scoring must generate the plain way, or None if it need not.
 
-    The context of autocast is the caller's; the twin computes in float32, where less is a fault.
+    With `record`, why steps are not to be replayed. The context of autocast is the caller's; the twin computes in
+    float32, where less is a fault.
     """
     try:
         device = next(root.parameters()).device
         twin = proof._twin(packed.causal_model(root)).to(device)
         packed.patch(twin)
         with torch.autocast(device.type, enabled=False):
-            far = _too_far(twin, "a tiny twin of it")
-        return far or _too_far(root, "the model", together)
+            far = _too_far(twin, "a tiny twin of it", record=record)
+        return far or _too_far(root, "the model", together, record)
     except Exception as error:  # a model of a kind never seen must not end the run: it can write the plain way
         return f"packed generation cannot be set up on it ({proof._short(error)})"
 
 
-def _too_far(model: nn.Module, what: str, together: Together | None = None) -> str | None:
+def _too_far(model: nn.Module, what: str, together: Together | None = None, record: Record | None = None) -> str | None:
     """Return by how much log-probs are off, if it is more than precision explains."""
-    distance, near = _distance(model, together)
+    distance, near = _distance(model, together, record)
     if distance <= near:
         return None
     return f"packed generation's log-probs of {what} are off by {distance:.1e}, more than {near:.0e}"
 
 
 @torch.no_grad()
-def _distance(model: Any, together: Together | None) -> tuple[float, float]:
+def _distance(model: Any, together: Together | None, record: Record | None) -> tuple[float, float]:
     """Return how far log-probs of generation are from those of plain scoring, and how far they may be.
 
     That is relative to those of tokens taken at random, as in the proof of scoring: a model may be so sure of what it
@@ -60,7 +62,7 @@ def _distance(model: Any, together: Together | None) -> tuple[float, float]:
     device, config = next(model.parameters()).device, model.config.get_text_config()
     prompts = _prompts(config)
     sampling = replace(SAMPLING, stop_tokens=tuple(range(0, config.vocab_size, STOPS)))
-    answers = generate(model, prompts, sampling, packed=True, together=together)
+    answers = generate(model, prompts, sampling, packed=True, record=record, together=together)
     groups = [
         Group([Sequence(a.tokens, [True] * len(a.tokens), 0) for a in copies], {}, [prompt])
         for prompt, copies in zip(prompts, answers, strict=True)
