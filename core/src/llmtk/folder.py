@@ -141,6 +141,7 @@ class RunFolder:
             f"  {key}: {stored.get(key)!r} -> {given.get(key)!r}"
             for key, following in zip(keys, [*keys[1:], ""], strict=True)
             if stored.get(key) != given.get(key)
+            and (key in stored or key in run.config.given)  # not what an older version had no key for
             and not may_change(run, key)
             and not following.startswith(f"{key}.")  # an empty section, and what stands in it now
         ]

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from llmtk import ConfigurationError, LossOutput, Term
 from llmtk.cli import call
@@ -238,3 +239,15 @@ def test_a_run_that_goes_on_is_planned(tmp_path, words, capsys):
     assert call(["plan", "pt", *longer, "train.learning_rate=1", "--resume"]) == 2
     assert "cannot go on with other settings:\n  train.learning_rate: 0.0005 -> 1.0\n" in capsys.readouterr().err
     assert sorted((file, file.stat().st_mtime_ns) for file in (tmp_path / "run").rglob("*")) == written
+
+
+def test_a_run_that_an_older_version_began_goes_on_without_a_key_that_it_did_not_know(tmp_path, words, capsys):
+    assert call(["run", *words]) == 0
+    config = tmp_path / "run" / "config.yaml"
+    settings = yaml.safe_load(config.read_text())
+    assert settings["train"].pop("max_grad_norm") == 1.0
+    config.write_text(yaml.safe_dump(settings))
+    longer = ["plan", "pt", f"output_dir={tmp_path / 'run'}", "train.max_steps=5", "--resume"]
+    assert call(longer) == 0
+    assert call([*longer, "train.max_grad_norm=0.5"]) == 2
+    assert "train.max_grad_norm: None -> 0.5" in capsys.readouterr().err
