@@ -389,6 +389,14 @@ class Pickles(Sound):
         torch.save({"weight": torch.ones(1)}, path / "extra.pt")
 
 
+class ExportsNoModel(Sound):
+    caught_by = "files"
+
+    def export_model(self, run, path):
+        super().export_model(run, path)
+        (path / "model.safetensors").write_bytes(b"")
+
+
 class ByPlaceInThePaddedRow(Sound):
     caught_by = "packed"
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmtk.errors import CheckpointError
+from llmtk.models import load
 from llmtk.testing.checks import NEAR, is_near
 from llmtk.testing.conformance import Failure, NotApplicable, check
 from llmtk.testing.trial import ROWS, Trial, distance, where
@@ -110,6 +111,7 @@ def files(trial: Trial) -> None:
         raise Failure(
             "export_model writes no safetensors file", "Let it call super().export_model(run, path), and add to that."
         )
+    load(run.output_dir)
     for _, path in checkpoints.list_checkpoints(run.checkpoints):
         if problem := checkpoints.verify(path):
             raise CheckpointError(f"{path.name}: {problem}")
