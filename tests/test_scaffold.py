@@ -47,6 +47,16 @@ def test_a_new_stage_keeps_the_contract(tmp_path: Path) -> None:
     assert {verdict for verdict, _ in found.values()} == {Verdict.PASSED}, found
 
 
+@pytest.mark.parametrize("name", ["none", "group", "demo"])
+def test_a_class_hides_no_name_that_its_module_uses(name: str, tmp_path: Path) -> None:
+    made = new("stage", name)
+    write(made, tmp_path)
+    assert made.class_name == f"{name.capitalize()}Stage"
+    stage = getattr(load(tmp_path, made.module), made.class_name)()
+    assert stage.demo().train
+    assert stage.prepare_batch(None, [{"input_ids": [1, 2], "targets": [False, True], "place": "rows.jsonl:1"}])
+
+
 @pytest.mark.parametrize("kind", ["plugin", "reward"])
 def test_a_new_plugin_and_a_new_reward_pass_their_own_tests(kind: str, tmp_path: Path) -> None:
     made = new(kind, "mine")

@@ -74,21 +74,21 @@ class Curriculum:
     def _ordered(self, run: RunView, epoch: int) -> list[int]:
         difficulty = self._difficulty(run)
         usual = shuffled(len(difficulty), run.data_seed, epoch)
-        rounds = -(-len(difficulty) // run.global_rows)
+        rounds, ranked = -(-len(difficulty) // run.global_rows), np.sort(difficulty)
         return by_difficulty(
-            difficulty, usual, run.global_rows, lambda batch: self._open(difficulty, epoch * rounds + batch)
+            difficulty, usual, run.global_rows, lambda batch: self._open(ranked, epoch * rounds + batch)
         )
 
-    def _open(self, difficulty: Array, step: int) -> float:
-        """Return the difficulty up to which rows are open in a step."""
+    def _open(self, ranked: Array, step: int) -> float:
+        """Return the difficulty up to which rows are open in a step, of all difficulties (rows,), the least first."""
         o, gone = self.options, min(1.0, step / self.options.steps)
         if gone == 1.0:
             return math.inf
         if o.by == "length":
-            end = difficulty.max() if o.end_length is None else o.end_length
+            end = ranked[-1] if o.end_length is None else o.end_length
             return float(o.start_length + (end - o.start_length) * gone)
         share = math.sqrt(o.start_share**2 + (1 - o.start_share**2) * gone)
-        return float(np.quantile(difficulty, share, method="inverted_cdf"))
+        return float(ranked[math.ceil(share * len(ranked)) - 1])
 
     def _difficulty(self, run: RunView) -> Array:
         """Return the difficulty of each row (rows,), equal on all ranks."""

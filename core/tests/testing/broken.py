@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+from pydantic import Field
 
-from llmtk import Demo, Group, LossOutput, Mean, Round, Section, Sequence, Stage, Term
+from llmtk import ConfigurationError, Demo, Group, LossOutput, Mean, Round, Section, Sequence, Stage, Term
 
 ROWS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}" + " and so on" * (n % 3)} for n in range(32)]
 
@@ -85,6 +86,24 @@ class MetricOfTheMicroBatch(Sound):
         return replace(output, metrics={"nll": Mean(-output.scores.logps.detach().mean(), 1)})
 
 
+class NanOfOneGroup(Sound):
+    caught_by = "cut"
+
+    def compute_loss(self, run, batch):
+        output = super().compute_loss(run, batch)
+        nothing = 0.0 if len(batch) > 1 else float("nan")  # as the standard deviation of one number
+        return replace(output, terms={"loss": Term(output.terms["loss"].sum + nothing, "tokens")})
+
+
+class NanMetricOfOneGroup(Sound):
+    caught_by = "metrics"
+
+    def compute_loss(self, run, batch):
+        output = super().compute_loss(run, batch)
+        nothing = 0.0 if len(batch) > 1 else float("nan")
+        return replace(output, metrics={"nll": Mean(nothing, 1)})
+
+
 class MetricOfARank(Sound):
     caught_by = "ranks"
 
@@ -112,6 +131,23 @@ class OtherWindowsOnARank(Sound):
     def prepare_batch(self, run, rows):
         window = super().prepare_batch(run, rows).windows[0]
         return Round([window] * (1 + run.rank))
+
+
+class NoRowsOnARank(Sound):
+    caught_by = "ranks"
+
+    def prepare_batch(self, run, rows):
+        if not rows:
+            raise ConfigurationError("no rows")  # an evaluation's last window has none on the second rank
+        return super().prepare_batch(run, rows)
+
+
+class EvaluationOfAMicroBatch(Sound):
+    caught_by = "ranks"
+
+    def evaluate_batch(self, run, batch):
+        output = super().evaluate_batch(run, batch)
+        return replace(output, metrics={"nll": Mean(-output.scores.logps.mean(), 1)})
 
 
 class PastTheWrappedRoot(Sound):
@@ -213,6 +249,14 @@ class LeavesItOnItself(Sound):
         return replace(output, terms={"loss": Term(output.terms["loss"].sum * self.scale, "tokens")})
 
 
+class LeavesEvalMode(Sound):
+    caught_by = "pure"
+
+    def compute_loss(self, run, batch):
+        run.model.eval()
+        return super().compute_loss(run, batch)
+
+
 class NoGradient(Sound):
     caught_by = "loss"
 
@@ -282,6 +326,15 @@ class IgnoredOption(Sound):
         """Nobody reads it."""
 
 
+class IgnoredOptionOfAnotherName(Sound):
+    caught_by = "options"
+
+    class Options(Sound.Options):
+        """One more, whose name in the configuration is none in Python."""
+
+        lambda_: float = Field(1.0, alias="lambda", description="Nobody reads it.")
+
+
 class UndocumentedOption(Sound):
     caught_by = "declared"
 
@@ -334,6 +387,14 @@ class Pickles(Sound):
     def export_model(self, run, path):
         super().export_model(run, path)
         torch.save({"weight": torch.ones(1)}, path / "extra.pt")
+
+
+class ExportsNoModel(Sound):
+    caught_by = "files"
+
+    def export_model(self, run, path):
+        super().export_model(run, path)
+        (path / "model.safetensors").write_bytes(b"")
 
 
 class ByPlaceInThePaddedRow(Sound):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
 import re
 import sys
 from dataclasses import replace
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from llmtk import ConfigurationError
-from llmtk.testing import CHECKS, ConformanceError, Verdict, check_stage, outcomes
-from llmtk.testing.training import BRIEF
+from llmtk.testing import CHECKS, ConformanceError, Verdict, check_stage, outcomes, two_ranks
+from llmtk.testing.training import BRIEF, PROTOCOLS, _is_pickle
+from llmtk.testing.trial import find
 
 # By its place, as the kit's second process finds it: the tests are no package.
 _spec = importlib.util.spec_from_file_location("broken", Path(__file__).with_name("broken.py"))
@@ -24,7 +28,9 @@ _spec.loader.exec_module(broken)
 
 
 REFUSED = {"AroundThatReturnsNothing", "HookWithADefault", "MisspeltHook", "NotASum", "StateThatIsNoData"} | {
-    "WeightKnownTooLate"
+    "ExportsNoModel",
+    "NoRowsOnARank",
+    "WeightKnownTooLate",
 }
 """Those that the core refuses, in an error that says what to do."""
 
@@ -100,6 +106,46 @@ def test_a_long_demo_is_tried_in_brief_and_is_judged_by_all_of_it(better_at: int
     (found,) = outcomes(Long, "demo")
     assert found.verdict is (Verdict.PASSED if ran else Verdict.FAILED), found.message
     assert [step for step in seen if step] == (ran or [BRIEF, BRIEF + 20])
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_safetensors_file_whose_header_is_as_long_as_a_pickle_begins_is_none(tmp_path: Path, length: int) -> None:
+    file = tmp_path / "model.safetensors"
+    for filler in range(length):
+        save_file({"x": torch.ones(1)}, file, metadata={"filler": "x" * filler})
+        if int.from_bytes(file.read_bytes()[:8], "little") == length:
+            break
+    assert file.read_bytes()[:2] in PROTOCOLS
+    assert not _is_pickle(file)
+    for protocol in (2, 3, 4, 5):
+        (tmp_path / "data").write_bytes(pickle.dumps({"x": [1.0, "a"]}, protocol))
+        assert _is_pickle(tmp_path / "data")
+
+
+def test_another_process_finds_a_class_by_its_module_or_its_file(monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "kit_package").mkdir()
+    (tmp_path / "kit_package" / "__init__.py").write_text("")
+    (tmp_path / "kit_package" / "parts.py").write_text("class Part: pass\n")
+    file = tmp_path / "kit_package" / "stage.py"
+    file.write_text("from .parts import Part\n\nclass Outer:\n    class Inner(Part): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find(str(file), "kit_package.stage", "Outer.Inner").__module__ == "kit_package.stage"
+    plain = tmp_path / "kit_package" / "parts.py"
+    assert find(str(plain), "not_there.parts", "Part").__name__ == "Part"
+
+
+def test_a_rank_that_hangs_is_told_and_ended(monkeypatch) -> None:
+    monkeypatch.setattr(two_ranks, "LIMIT", 0.0)
+    found = outcomes(broken.Sound, ["declared", "ranks"])
+    next(found)
+    beside = psutil.Process().children(recursive=True)
+    for process in beside:
+        process.suspend()  # it heeds no signal but the one that kills
+    monkeypatch.setattr(two_ranks, "ENDING", 0.1)
+    assert "hang" in next(found).message
+    found.close()
+    assert beside
+    assert not any(process.is_running() for process in beside)
 
 
 def test_processes_beside_end_with_the_checks() -> None:

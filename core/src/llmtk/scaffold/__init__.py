@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from importlib.resources import files
+from keyword import iskeyword
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,11 +98,17 @@ def new(kind: str, name: str, *, start: str | None = None, description: str | No
         )
     if taken := [offer for offer in discovery.offers(one.group) if offer.name == name]:
         raise ConfigurationError(f"There is a {taken[0]} already. Choose another name, or uninstall that one")
-    class_name = "".join(part.capitalize() for part in name.split("-"))
     needed = [_compatible(distribution, discovery.core_version()) for distribution in one.needs]
-    made = New(one, name, one.description, class_name, needed)
+    made = New(one, name, one.description, _class_name(kind, name), needed)
     made = made if start is None else _from_stage(made, start)
     return made if description is None else replace(made, description=_checked(description))
+
+
+def _class_name(kind: str, name: str) -> str:
+    """Return what a class is called that is neither a word of Python's nor one that the template's module uses."""
+    class_name = "".join(part.capitalize() for part in name.split("-"))
+    used = re.findall(r"\w+", _template(f"{kind}/module.py"))
+    return class_name + kind.capitalize() if iskeyword(class_name) or class_name in used else class_name
 
 
 def _checked(description: str) -> str:
@@ -143,9 +150,8 @@ def write(made: New, folder: Path) -> list[Path]:
 def _filled(template: str, made: New) -> str:
     from jinja2 import Environment, StrictUndefined
 
-    text = files(__name__).joinpath("templates", f"{template}.jinja").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    return environment.from_string(text).render(
+    return environment.from_string(_template(template)).render(
         name=made.name,
         description=made.description,
         class_name=made.class_name,
@@ -155,6 +161,10 @@ def _filled(template: str, made: New) -> str:
         group=made.kind.group,
         wanted=made.kind.wanted,
     )
+
+
+def _template(name: str) -> str:
+    return files(__name__).joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def _from_stage(made: New, start: str) -> New:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
 
 NEAR = 1e-4
 """How far gradients may be apart, relative to their norm: float32 in another order of sums."""
+
+
+def is_near(found: float, wanted: float, tolerance: float = NEAR, least: float = 1e-2) -> bool:
+    """Say whether two numbers are equal but for rounding; below `least` it is absolute. NaN is near nothing."""
+    return math.isclose(found, wanted, rel_tol=tolerance, abs_tol=tolerance * least)
 
 
 @check(
@@ -92,12 +99,13 @@ def options(trial: Trial) -> None:
     for name in fields:
         if name in read or name in (*trial.stage_class.may_change, *trial.stage_class.once):  # for a resumed run alone
             continue
+        key = fields[name].alias or name
         heard = False
         for value in itertools.islice(_other_values(trial.stage_class.Options, name), 3):
             try:
-                heard = name in _read(trial, {name: value})
+                heard = name in _read(trial, {key: value})
             except LlmtkError as refusal:
-                heard = name in str(refusal)
+                heard = re.search(rf"\b{re.escape(key)}\b", str(refusal)) is not None
             if heard:
                 break
         if not heard:
@@ -211,6 +219,12 @@ def pure(trial: Trial) -> None:
     window = trial.round_of(run).windows[0]
     before = {name: tensor.clone() for name, tensor in window.to_state("")[0].items()}
     first, second = measure(run, window), measure(run, window)
+    if not all(module.training for module in run.model.modules()):
+        raise Failure(
+            "compute_loss or prepare_batch leaves the model in eval mode, so that whatever follows trains without "
+            "dropout",
+            "Leave the mode to the core: run.score_window scores in eval mode, and evaluations are in it.",
+        )
     with torch.no_grad():
         run.hooks.evaluate_batch(window)
     if drawn := [name for name, state in _global_generators().items() if state != generators[name]]:
@@ -287,7 +301,7 @@ def metrics(trial: Trial) -> None:
                 "Answer with the same metrics for every micro-batch. One that it has nothing of is Mean(0.0, 0).",
             )
         for name, value in whole.metrics.items():
-            if name != "loss" and abs(found.metrics[name] - value) > NEAR * max(abs(value), 1e-2):
+            if name != "loss" and not is_near(found.metrics[name], value):
                 raise Failure(f"{name} is {value:.6g} of the window as a whole, and {found.metrics[name]:.6g} {how}")
 
 
@@ -326,7 +340,7 @@ def packed(trial: Trial) -> None:
 def _compare(found: Measured, wanted: Measured, how: str, otherwise: str) -> None:
     """Fail where losses or gradients of one window are apart."""
     apart = distance(found.whole, wanted.whole)
-    if abs(found.loss - wanted.loss) > NEAR * max(abs(wanted.loss), 1e-3) or apart > NEAR:
+    if not (is_near(found.loss, wanted.loss, least=1e-3) and apart <= NEAR):
         raise Failure(
             f"{otherwise} the loss is {wanted.loss:.6g}, {how} it is {found.loss:.6g}; the gradients differ by "
             f"{apart:.2g} of their norm"
@@ -357,13 +371,13 @@ def around(trial: Trial) -> None:
     plain, doubled = trial.set_up(), trial.set_up(plugins=[Doubled()])
     window = trial.round_of(plain).windows[0]
     one, two = measure(plain, window), measure(doubled, window)
-    if distance(two.whole, 2 * one.whole) > NEAR:
+    if not distance(two.whole, 2 * one.whole) <= NEAR:
         raise Failure(
             f"a plugin around compute_loss that doubles the loss is not felt in training: it is {one.loss:.6g} without "
             f"the plugin, and {two.loss:.6g} with it"
         )
     once, twice = plain.evaluate()["loss"], doubled.evaluate()["loss"]
-    if abs(twice - 2 * once) > NEAR * max(abs(once), 1e-3):
+    if not is_near(twice, 2 * once, least=1e-3):
         raise Failure(
             f"a plugin around compute_loss that doubles the loss is not felt in evaluation: it is {once:.6g} without "
             f"the plugin, and {twice:.6g} with it"

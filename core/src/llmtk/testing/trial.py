@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -226,18 +229,30 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return apart / size if size else apart
 
 
-def where(stage: type[Stage]) -> tuple[str, str]:
-    """Return the file and the name of a stage's class, by which another process finds it."""
-    return str(inspect.getsourcefile(stage)), stage.__qualname__
+def where(stage: type[Stage]) -> tuple[str, str, str]:
+    """Return the file, the module and the name of a stage's class, by which another process finds it."""
+    return str(inspect.getsourcefile(stage)), stage.__module__, stage.__qualname__
 
 
-def find(file: str, name: str) -> type[Stage]:
-    """Return the class that `where` told of."""
+def find(file: str, module: str, name: str) -> type[Stage]:
+    """Return the class that `where` told of: from its module, or from its file where that cannot be imported."""
+    found: type[Stage] = attrgetter(name)(_by_name(file, module) or _by_file(file))
+    return found
+
+
+def _by_name(file: str, module: str) -> ModuleType | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return importlib.import_module(module) if spec is not None and spec.origin == file else None
+
+
+def _by_file(file: str) -> ModuleType:
     module_name = f"_llmtk_checked_{Path(file).stem}"
     spec = importlib.util.spec_from_file_location(module_name, file)
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found: type[Stage] = getattr(module, name)
-    return found
+    return module

@@ -5,49 +5,67 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from llmtk.cli.ports import LOCAL, free_port
 from llmtk.testing.conformance import Failure
 
+RANKS = 2
 LIMIT = 300
 """Seconds after which they are taken to hang."""
-ENDING = 10
+ENDING = 5
 """Seconds that they have to end when they are told to."""
 
 
 class TwoRanks:
-    """Two workers with a specification, started as this is made."""
+    """Two workers with a specification, started as this is made.
+
+    No launcher stands between: one that is ended leaves behind what waits for the other rank for ever.
+    """
 
     def __init__(self, spec: Path) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", LOCAL]
-        command += ["--master-port", str(free_port()), "-m", "llmtk.testing.worker", str(spec)]
+        command = [sys.executable, "-m", "llmtk.testing.worker", str(spec)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"MASTER_ADDR": LOCAL, "MASTER_PORT": str(free_port())}
+        environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(RANKS))
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # what this process can import, they can
         if sys.platform == "linux":
             environment["GLOO_SOCKET_IFNAME"] = "lo"
         self._said = spec.with_suffix(".log")
         with self._said.open("w") as said:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment
-            )
+            self._processes = [
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=said,
+                    stderr=said,
+                    env=environment | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
+                )
+                for rank in range(RANKS)
+            ]
 
     def wait(self) -> None:
-        """Wait until they are done. Failure where they fail or hang, with the end of what they said."""
-        try:
-            code = self._process.wait(LIMIT)
-        except subprocess.TimeoutExpired:
-            raise Failure(f"the two processes hang: after {LIMIT} s they were not done") from None
-        if code:
+        """Wait until they are done. Failure where one fails or they hang, with the end of what they said."""
+        began = time.monotonic()
+        while None in (codes := [process.poll() for process in self._processes]) and not any(codes):
+            if time.monotonic() - began > LIMIT:
+                raise Failure(f"the two processes hang: after {LIMIT} s they were not done")
+            time.sleep(0.05)
+        if any(codes):
+            self.end()  # the other waits for the one that failed
             said = self._said.read_text(errors="replace")
             told = [line for line in said.splitlines() if line.startswith("llmtk-check: ")]
             raise Failure(told[0].removeprefix("llmtk-check: ") if told else f"a process failed:\n{said[-2000:]}")
 
     def end(self) -> None:
         """End them, if they are not done."""
-        if self._process.poll() is None:
-            self._process.terminate()  # the launcher ends its workers
+        for process in self._processes:
+            process.terminate()
+        until = time.monotonic() + ENDING
+        for process in self._processes:
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(ENDING)
-            self._process.kill()
-            self._process.wait()
+                process.wait(max(0.0, until - time.monotonic()))
+            process.kill()  # its handler of signals waits for the end of a step, which may never come
+            process.wait()
