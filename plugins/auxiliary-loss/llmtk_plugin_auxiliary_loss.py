@@ -60,7 +60,7 @@ class AuxiliaryLoss:
 
     def _terms(self, scores: object) -> dict[str, Term]:
         """Return the terms, from the scores of a micro-batch. PluginError where the stage hands on none."""
-        if not isinstance(scores, Scores):
+        if not isinstance(scores, Scores) or any(getattr(scores, name) is None for name in self.wanted):
             raise PluginError(
                 "auxiliary-loss: the stage hands on no scores. LossOutput(terms, metrics, scores) hands on what "
                 "run.score gave; a model with a head of one value has none"

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 import llmtk
 from llmtk import PluginError, Run
+from llmtk.scoring import Scores
 
 TINY = {
     "model_type": "llama",
@@ -95,6 +96,14 @@ def test_a_preference_stage_has_it_too(tmp_path: Path) -> None:
 def test_a_reward_model_has_no_scores(tmp_path: Path) -> None:
     with pytest.raises(PluginError, match="the stage hands on no scores"):
         make(tmp_path, "rm", PAIRS).train()
+
+
+def test_scores_that_a_stage_made_itself_are_refused_where_they_lack_what_is_wanted() -> None:
+    plugin, own = AuxiliaryLoss(AuxiliaryLoss.Options(entropy_bonus=0.1)), torch.zeros(3)
+    batch: Any = None
+    assert set(plugin._terms(Scores(batch, own, entropy=own))) == {"aux_entropy"}
+    with pytest.raises(PluginError, match="the stage hands on no scores"):
+        plugin._terms(Scores(batch, own))
 
 
 def test_it_is_told_what_to_add() -> None:

@@ -75,9 +75,11 @@ class Curriculum:
         difficulty = self._difficulty(run)
         usual = shuffled(len(difficulty), run.data_seed, epoch)
         rounds, ranked = -(-len(difficulty) // run.global_rows), np.sort(difficulty)
-        return by_difficulty(
-            difficulty, usual, run.global_rows, lambda batch: self._open(ranked, epoch * rounds + batch)
-        )
+
+        def bound(batch: int) -> float:
+            return self._open(ranked, (epoch * rounds + batch) * run.windows_per_round)
+
+        return by_difficulty(difficulty, usual, run.global_rows, bound)
 
     def _open(self, ranked: Array, step: int) -> float:
         """Return the difficulty up to which rows are open in a step, of all difficulties (rows,), the least first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,19 @@ def test_short_rows_come_first(tmp_path: Path) -> None:
     assert max(longest[:2]) < max(longest)
     assert longest[5] == longest[6] or len(set(longest[5:])) > 1  # the second epoch is shuffled as usual
     assert len(set(seen.places[:20])) == 20
+
+
+def test_steps_are_optimizer_steps_where_a_round_makes_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    difficulty = np.arange(40.0)
+    monkeypatch.setattr(Curriculum, "_difficulty", lambda self, run: difficulty)
+
+    def order(steps: int, windows: int) -> list[int]:
+        plugin = Curriculum(Curriculum.Options(steps=steps, start_length=4))
+        run: Any = SimpleNamespace(data_seed=3, global_rows=4, windows_per_round=windows)
+        return plugin._ordered(run, 0)
+
+    assert order(steps=32, windows=4) == order(steps=8, windows=1)
+    assert order(steps=32, windows=4) != order(steps=32, windows=1)
 
 
 def test_the_loss_of_a_row_is_the_models_own(tmp_path: Path) -> None:

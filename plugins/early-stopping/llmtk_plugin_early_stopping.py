@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from llmtk import ConfigurationError, RunView, Section, TrainingError, hookimpl
-from llmtk.training.events import Plan, StepReport
+from llmtk.training.events import Plan, StepReport, falls
 
 
 class EarlyStopping:
@@ -29,7 +29,7 @@ class EarlyStopping:
         metric: str = "loss"
         """The evaluation's metric that decides."""
         greater_is_better: bool | None = None
-        """By default false for a metric whose name ends in loss or perplexity, else true."""
+        """By default false for a metric that is called a loss, nll, perplexity or kl, else true."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -67,9 +67,8 @@ class EarlyStopping:
         return metrics[name]
 
     def _improves(self, value: float) -> bool:
-        greater = self.options.greater_is_better
-        if greater is None:
-            greater = not self.options.metric.endswith(("loss", "perplexity"))
+        asked = self.options.greater_is_better
+        greater = not falls(self.options.metric) if asked is None else asked
         if self.best is None or not math.isfinite(value):
             return math.isfinite(value)
         gained = value - self.best if greater else self.best - value

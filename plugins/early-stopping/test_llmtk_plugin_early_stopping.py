@@ -36,6 +36,7 @@ def stops_after(values: list[float], metric: str = "loss", **options: Any) -> in
         ([3, 2.9, 2.7, 2.6, 2.5], {"patience": 2, "threshold": 0.2}, None),
         ([0.1, 0.2, 0.2, 0.2], {"patience": 2, "metric": "accuracy"}, 4),
         ([0.1, 0.2, 0.3], {"patience": 1, "metric": "accuracy", "greater_is_better": False}, 2),
+        ([2.0, 1.5, 1.0], {"patience": 1, "metric": "loss/nll"}, None),
         ([float("nan"), float("nan"), 1.0], {"patience": 2}, 2),
         ([1.0, float("nan"), 0.5, 0.6], {"patience": 2}, None),
     ],

@@ -127,6 +127,10 @@ class RunView(Protocol):
         """Rows of a global batch, over all ranks."""
 
     @property
+    def windows_per_round(self) -> int:
+        """Optimizer steps that are made of a global batch."""
+
+    @property
     def max_length(self) -> int:
         """Tokens of a sequence, at most."""
 

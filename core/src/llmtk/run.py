@@ -291,6 +291,11 @@ class Run:
         train = self.config.train
         return train.per_device_train_batch_size * train.gradient_accumulation_steps * self.world_size
 
+    @property
+    def windows_per_round(self) -> int:
+        """Optimizer steps that are made of a global batch."""
+        return self.stage.windows_per_round
+
     def score(
         self, batch: Batch, *, model: str | None = None, also: Iterable[str] = (), temperature: float = 1.0
     ) -> Scores:

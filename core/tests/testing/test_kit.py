@@ -157,6 +157,12 @@ def test_processes_beside_end_with_the_checks() -> None:
     assert not any(process.is_running() for process in beside)
 
 
+def test_rows_that_no_other_process_can_read_are_told() -> None:
+    (found,) = outcomes(broken.Sound, "ranks", rows=[row | {"seen": {1, 2}} for row in broken.ROWS])
+    assert "these cannot be written: Object of type set is not JSON serializable" in found.message
+    assert found.mend == "Give rows and options of texts, numbers, lists and mappings."
+
+
 def test_an_unknown_check_suggests_the_near_one() -> None:
     with pytest.raises(ConfigurationError, match=r"There is no check 'cuts'\. Did you mean 'cut'"):
         check_stage(broken.Sound, "cuts")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from llmtk import ConfigurationError, LossOutput, Mean, Models, Round, Stage, Term, TrainingError, hookimpl
 from llmtk.errors import PluginError
 from llmtk.training import checkpoints
+from llmtk.training.events import falls
 from llmtk.training.order import shuffled
 
 from .kit import EVAL, GPT2, ROWS, Lm, assert_equal, group_of, lines, make, series, weights
@@ -316,6 +317,16 @@ def test_the_best_model_is_exported_and_kept(tmp_path, metric, best):
     exported = load_file(run.output_dir / "model.safetensors")
     kept = watch.weights[best]
     assert_equal(exported, {name: kept[name] for name in exported})
+
+
+@pytest.mark.parametrize("metric", ["loss", "eval_loss", "loss/margin", "nll", "loss/nll", "eval_perplexity", "kl"])
+def test_these_metrics_are_to_fall(metric):
+    assert falls(metric)
+
+
+@pytest.mark.parametrize("metric", ["token_accuracy", "rewards/margins", "eval_accuracy", "reward", "lossless"])
+def test_these_metrics_are_to_rise(metric):
+    assert not falls(metric)
 
 
 def test_without_load_best_model_at_end_the_last_is_exported(tmp_path):

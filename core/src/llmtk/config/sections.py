@@ -523,7 +523,7 @@ class TrainConfig(Section):
     metric_for_best_model: str = "loss"
     """The evaluation metric that decides which checkpoint is best."""
     greater_is_better: bool | None = None
-    """By default false for a metric whose name ends in loss or perplexity, else true."""
+    """By default false for a metric that is called a loss, nll, perplexity or kl, else true."""
     max_nonfinite_steps: int = Field(3, ge=1)
     """A step whose loss or gradient is not finite changes no weight; this many in a row stop the run."""
     ddp_backend: Literal["nccl", "gloo", "mpi", "xccl", "hccl"] | None = None

@@ -143,7 +143,13 @@ def two_ranks(trial: Trial) -> TwoRanks:
         asked = {"stage": given, "options": trial.asked_options, "rows": trial.asked_rows}
         train = EVALUATED | {"per_device_train_batch_size": ROWS // 2}
         spec = trial.folder / "two-ranks.json"
-        spec.write_text(json.dumps(asked | {"folder": str(trial.folder / TWO), "train": train}))
+        try:
+            spec.write_text(json.dumps(asked | {"folder": str(trial.folder / TWO), "train": train}))
+        except TypeError as error:
+            raise Failure(
+                f"two processes read rows and options from a file, and these cannot be written: {error}",
+                "Give rows and options of texts, numbers, lists and mappings.",
+            ) from error
         trial.two_ranks = TwoRanks(spec)
     return trial.two_ranks
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,3 +55,11 @@ class Evaluation:
     step: int
     metrics: Mapping[str, float]
     is_best: bool = False
+
+
+FALLING = {"loss", "nll", "perplexity", "kl"}
+
+
+def falls(metric: str) -> bool:
+    """Say whether a metric is the better the lower it is, by a word of its name: `eval_loss`, `loss/margin`, `nll`."""
+    return not FALLING.isdisjoint(re.split(r"[/_]", metric))

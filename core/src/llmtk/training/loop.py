@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from llmtk.errors import LlmtkError, TrainingError
 from llmtk.training import snapshot
 from llmtk.training.evaluation import evaluate
-from llmtk.training.events import Evaluation, StepReport
+from llmtk.training.events import Evaluation, StepReport, falls
 from llmtk.training.micro_batches import cut_window
 from llmtk.training.state import Best
 from llmtk.training.tally import Tally, WindowTally, objective
@@ -192,9 +192,7 @@ def _is_best(run: Run, metrics: dict[str, float]) -> bool:
             f"{', '.join(metrics)}"
         )
     value = metrics[name]
-    greater = config.greater_is_better
-    if greater is None:
-        greater = not name.endswith(("loss", "perplexity"))
+    greater = not falls(name) if config.greater_is_better is None else config.greater_is_better
     is_best = math.isfinite(value) and (best is None or (value > best.value if greater else value < best.value))
     if is_best:
         run.state.best = Best(run.state.step, value)
