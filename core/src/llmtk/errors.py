@@ -66,8 +66,9 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def located(error: BaseException) -> str:
     """Return an unexpected error and its line: the last outside of llmtk, Python and what is installed, if any is."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith("<frozen")]
     known = (str(Path(__file__).parent), sysconfig.get_path("stdlib"))
     own = [one for one in frames if not one.filename.startswith(known) and "site-packages" not in one.filename]
     place = [f" ({Path(one.filename).name}:{one.lineno}, in {one.name})" for one in own or frames]
-    return f"{type(error).__name__}: {error}{place[-1] if place else ''}"
+    tells_itself = isinstance(error, SyntaxError)  # its own words have the line
+    return f"{type(error).__name__}: {error}{'' if tells_itself or not place else place[-1]}"

@@ -155,7 +155,9 @@ def test_an_error_is_a_short_message_and_an_exit_code(
     assert "Traceback" not in answer[2]
 
 
-def test_an_unexpected_error_names_its_line_and_asks_to_be_reported(monkeypatch: pytest.MonkeyPatch, llmtk: Any) -> None:
+def test_an_unexpected_error_names_its_line_and_asks_to_be_reported(
+    monkeypatch: pytest.MonkeyPatch, llmtk: Any
+) -> None:
     raising(monkeypatch, ZeroDivisionError("by zero"))
     code, _, err = llmtk("list-stages")
     assert code == 1
