@@ -14,6 +14,7 @@ import pytest
 
 from llmtk import ConfigurationError
 from llmtk.cli import call
+from llmtk.config.run_config import SHARED
 from llmtk.host import discovery
 from llmtk.host.checks import check_plugin, check_stage
 from llmtk.scaffold import KINDS, new, write
@@ -47,16 +48,6 @@ def test_a_new_stage_keeps_the_contract(tmp_path: Path) -> None:
     assert {verdict for verdict, _ in found.values()} == {Verdict.PASSED}, found
 
 
-@pytest.mark.parametrize("name", ["none", "group", "demo"])
-def test_a_class_hides_no_name_that_its_module_uses(name: str, tmp_path: Path) -> None:
-    made = new("stage", name)
-    write(made, tmp_path)
-    assert made.class_name == f"{name.capitalize()}Stage"
-    stage = getattr(load(tmp_path, made.module), made.class_name)()
-    assert stage.demo().train
-    assert stage.prepare_batch(None, [{"input_ids": [1, 2], "targets": [False, True], "place": "rows.jsonl:1"}])
-
-
 @pytest.mark.parametrize("kind", ["plugin", "reward"])
 def test_a_new_plugin_and_a_new_reward_pass_their_own_tests(kind: str, tmp_path: Path) -> None:
     made = new(kind, "mine")
@@ -88,6 +79,25 @@ def test_a_stage_may_begin_with_an_installed_one(start: str, tmp_path: Path) -> 
     assert made.class_name == theirs.__name__
     assert any(requirement.startswith("llmtk-core") for requirement in project(tmp_path)["dependencies"])
     assert all(f"{start}.{option}" not in (made.source or "") for option in theirs.Options.model_fields)
+    own = set(mine(mine.Options()).demo().config) - set(SHARED)
+    assert own <= {"another"}, "its demo sets the section of the stage that it began with"
+
+
+def test_a_loss_that_is_called_as_its_stage_keeps_its_name() -> None:
+    source = new("stage", "another", start="grpo").source or ""
+    assert 'Literal["grpo", "bnpo"' in source
+    assert 'refuse_unused("another", o' in source
+    assert 'f"another.{name} is used with another.sync_ref_model' in (new("stage", "another", start="dpo").source or "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("stage", "none"), ("stage", "group"), ("stage", "demo"), ("plugin", "options")]
+)
+def test_a_class_is_called_as_nothing_that_its_module_has(kind: str, name: str, tmp_path: Path) -> None:
+    made = new(kind, name)
+    assert made.class_name == f"{name}-{kind}".title().replace("-", "")
+    write(made, tmp_path)
+    assert hasattr(load(tmp_path, made.module), made.class_name)
 
 
 def test_one_whose_module_needs_its_neighbours_depends_on_their_distribution() -> None:
@@ -110,6 +120,7 @@ def test_what_is_written_is_formatted_and_free_of_faults(kind: str, tmp_path: Pa
     ("name", "said"),
     [
         ("My_Stage", "small letters, digits and single hyphens"),
+        ("1st", "a letter first, as my-stage"),
         ("train", "is a section of the configuration"),
         ("sft", "There is a stage 'sft' (llmtk-stage-sft"),
     ],

@@ -6,7 +6,10 @@ traceback) and exits with ``exit_code``: 2 for bad input, found before anything 
 
 from __future__ import annotations
 
+import sysconfig
+import traceback
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -59,3 +62,13 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest known name, or an empty string."""
     near = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def located(error: BaseException) -> str:
+    """Return an unexpected error and its line: the last outside of llmtk, Python and what is installed, if any is."""
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith("<frozen")]
+    known = (str(Path(__file__).parent), sysconfig.get_path("stdlib"))
+    own = [one for one in frames if not one.filename.startswith(known) and "site-packages" not in one.filename]
+    place = [f" ({Path(one.filename).name}:{one.lineno}, in {one.name})" for one in own or frames]
+    tells_itself = isinstance(error, SyntaxError)  # its own words have the line
+    return f"{type(error).__name__}: {error}{'' if tells_itself or not place else place[-1]}"

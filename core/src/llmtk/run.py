@@ -21,8 +21,8 @@ from llmtk.batch import Batch, Mean
 from llmtk.config.problems import shown
 from llmtk.config.reading import merge, without_shorthands
 from llmtk.config.run_config import SWITCHES, RunConfig, resolve
-from llmtk.contract import Data, Dataset, Row, Stage
-from llmtk.errors import ConfigurationError, DatasetError, LlmtkError
+from llmtk.contract import Data, Dataset, Demo, Row, Stage
+from llmtk.errors import ConfigurationError, DatasetError, LlmtkError, PluginError
 from llmtk.folder import RunFolder
 from llmtk.generation import Completion, Engine, Sampling
 from llmtk.generation.engines import engine_of
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from llmtk.contract import Demo
     from llmtk.data import Splits
     from llmtk.data.rows import Message, Prompt
     from llmtk.training.forward import Forward
@@ -130,7 +129,7 @@ class Run:
         given = {name: value for name, value in sections.items() if value is not None or name in SWITCHES}
         layer = given | ({"plugins": named} if named else {})
         self.folder, layer = RunFolder.find(self.stage_name, without_shorthands(layer), resume)
-        self.demo = None if _names_input(layer) else stage_class().demo()
+        self.demo = None if _names_input(layer) else _demo_of(stage_class, self.stage_name)
         layers = [layer] if self.demo is None else [_demo_layer(self.demo), layer]
         self.config: RunConfig = resolve(self.stage_name, stage_class, *layers)
         optimizers.check_optimizer(self.config.train)
@@ -627,7 +626,13 @@ class Run:
     def _measure(self) -> dict[str, float]:
         assert self.demo is not None
         with self.randomness.aside("demo"), eval_mode(self.model), torch.no_grad():
-            return {"figure": self.demo.measure(self)} | {name: fn(self) for name, fn in self.demo.also.items()}
+            figures = {"figure": self.demo.measure(self)} | {name: fn(self) for name, fn in self.demo.also.items()}
+        for name, value in figures.items():
+            if not isinstance(value, (int, float)):
+                raise PluginError(
+                    f"The stage {self.stage_name!r}: the demo's {name} is measured as {value!r:.60}, not as a number."
+                )
+        return figures
 
     # Small things
 
@@ -679,6 +684,15 @@ def _names_input(layer: Mapping[str, Any]) -> bool:
     if not (isinstance(model, Mapping) and isinstance(data, Mapping)):
         return True  # they are refused with all else that is wrong in the configuration
     return bool(model.get("name_or_path") or model.get("from_config") or data.get("train"))
+
+
+def _demo_of(stage_class: type[Stage], name: str) -> Demo:
+    demo = stage_class().demo()
+    if not isinstance(demo, Demo):
+        raise PluginError(
+            f"The stage {name!r}: demo returned {type(demo).__name__}, not a Demo; did you forget `return`?"
+        )
+    return demo
 
 
 def _demo_layer(demo: Demo) -> dict[str, Any]:

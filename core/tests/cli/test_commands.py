@@ -155,11 +155,18 @@ def test_an_error_is_a_short_message_and_an_exit_code(
     assert "Traceback" not in answer[2]
 
 
-def test_an_unexpected_error_asks_to_be_reported(monkeypatch: pytest.MonkeyPatch, llmtk: Any) -> None:
+def test_an_unexpected_error_names_its_line_and_asks_to_be_reported(
+    monkeypatch: pytest.MonkeyPatch, llmtk: Any
+) -> None:
     raising(monkeypatch, ZeroDivisionError("by zero"))
     code, _, err = llmtk("list-stages")
     assert code == 1
-    assert err.splitlines() == ["error: ZeroDivisionError: by zero", llmtk_report()]
+    line = raising.__code__.co_firstlineno + 2
+    assert err.splitlines() == [
+        f"error: ZeroDivisionError: by zero (test_commands.py:{line}, in fail)",
+        "This is a fault in llmtk or a plugin. Look at that line if it is yours, else please report it; run again with "
+        "--debug for the traceback.",
+    ]
 
 
 def test_want_of_memory_is_told_as_such_with_what_takes_less(monkeypatch: pytest.MonkeyPatch, llmtk: Any) -> None:
@@ -171,10 +178,6 @@ def test_want_of_memory_is_told_as_such_with_what_takes_less(monkeypatch: pytest
     assert err.startswith("error: not enough memory: ")
     assert "gradient_accumulation_steps" in err
     assert "fault in llmtk" not in err
-
-
-def llmtk_report() -> str:
-    return "This is a fault in llmtk or a plugin. Run again with --debug for the traceback; please report it."
 
 
 @pytest.mark.parametrize("words", [["--debug", "list-stages"], ["list-stages", "--debug"]])

@@ -125,6 +125,21 @@ def test_a_stage_without_options() -> None:
     refused_stage(stage(__init__=lambda self: None), "no options", "super().__init__(options)")
 
 
+def test_a_stage_whose_row_types_or_needs_are_none_that_there_are() -> None:
+    refused_stage(
+        stage(row_types=("pair", "dialog")), "'dialog' in row_types", "Did you mean 'dialogue'?", "Known: text"
+    )
+    refused_stage(stage(row_types="pair"), "row_types = 'pair', one word and no tuple", "Write ('pair',)")
+    refused_stage(stage(needs=frozenset({"referense"})), "'referense' in needs", "Did you mean 'reference'?")
+
+
+def test_a_stage_with_an_option_without_a_default() -> None:
+    class Options(Section):
+        beta: float
+
+    refused_stage(stage(Options=Options, __init__=lambda self: None), "an option 'beta' without a default")
+
+
 def test_a_stage_of_another_contract() -> None:
     refused_stage(stage(api=2), "version 2 of the contract", "Upgrade the core")
     refused_stage(stage(api=0), "version 0 of the contract", "Upgrade the stage")

@@ -252,3 +252,31 @@ def test_an_undeclared_weight_stops_the_run(tmp_path):
 
     with pytest.raises(TrainingError, match="Declared: tokens"):
         make(tmp_path / "run", Misspelt, rows=ROWS[:4]).train()
+
+
+class AnswersOtherwise(Lm):
+    """Answers with what `answer` makes of a sound output."""
+
+    def compute_loss(self, run, batch):
+        return self.answer(super().compute_loss(run, batch))
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (lambda out: LossOutput({"loss": out.terms["loss"].sum}), r"the loss term 'loss' is no Term of a tensor but"),
+        (lambda out: LossOutput({"loss": Term(1.5, per="tokens")}), r"Write Term\(sum, per=WEIGHT\)"),
+        (lambda out: LossOutput(out.terms, {"ppl": 1.5}), r"'ppl' is no Mean but 1.5. Write Mean\(sum, count\)"),
+        (
+            lambda out: LossOutput({"loss": Term(out.terms["loss"].sum.detach(), "tokens")}),
+            r"does not depend on the model",
+        ),
+        (lambda out: LossOutput({}), r"does not depend on the model"),
+    ],
+    ids=["a tensor", "a number", "a metric", "detached", "no term"],
+)
+def test_what_is_no_loss_is_told_in_the_stage_s_words(tmp_path, answer, told):
+    stage = AnswersOtherwise()
+    stage.answer = answer
+    with pytest.raises(TrainingError, match=told):
+        make(tmp_path, stage, max_steps=1).train()

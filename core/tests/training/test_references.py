@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from llmtk import ConfigurationError, LossOutput, Mean, ModelLoadError, Round, Run, Term, hookimpl
 from llmtk.batch import Batch
+from llmtk.errors import PluginError
 from llmtk.run import Interrupted
 from llmtk.training import precompute
 
@@ -338,3 +339,16 @@ def test_the_log_tells_how_far_the_policy_went(tmp_path, folder, adapter):
     assert apart[0] == 0.0
     assert apart[-1] > 0
     assert json.loads((run.output_dir / "results.json").read_text())["steps"] == 4
+
+
+class Undeclared(Lm):
+    """Asks a reference that it does not declare."""
+
+    def compute_loss(self, run, batch):
+        run.score(batch, model="reference")
+        return super().compute_loss(run, batch)
+
+
+def test_a_reference_that_is_not_declared_is_told_with_how_to(tmp_path):
+    with pytest.raises(PluginError, match=r"'reference', and the run's frozen models are: none.*needs = frozenset"):
+        make(tmp_path, Undeclared, max_steps=1).train()

@@ -16,8 +16,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from llmtk import ConfigurationError, LlmtkError, LossOutput, Run, Section, Term, get_stage, hookimpl, load
+from llmtk.contract import Demo
 from llmtk.demo import addition
 from llmtk.demo.measure import exact_match
+from llmtk.errors import PluginError
 from llmtk.folder import RunFolder
 from llmtk.models.checks import resolve
 from llmtk.reporting.card import card
@@ -393,3 +395,23 @@ def test_a_demo_measures_before_and_after(tmp_path, capsys):
     assert longer.steps == 2
     assert longer.metrics["figure_before"] == result.metrics["figure_before"]
     assert "Done: 2 steps" in capsys.readouterr().out
+
+
+def test_a_demo_that_forgets_return_is_told(tmp_path):
+    class NoDemo(Lm):
+        def demo(self):
+            Demo(train=[], eval=[], config={}, figure="none", measure=len)
+
+    with pytest.raises(PluginError, match=r"demo returned NoneType, not a Demo; did you forget `return`\?"):
+        Run(NoDemo, output_dir=str(tmp_path))
+
+
+def test_a_demo_whose_figure_is_no_number_is_told_before_it_trains(tmp_path):
+    class NoFigure(Lm):
+        def demo(self):
+            rows = [{"text": "some text"}] * 4
+            return Demo(rows, rows, {"train": {"max_steps": 1, "bf16": False}}, "none", lambda run: None)
+
+    with pytest.raises(PluginError, match="the demo's figure is measured as None, not as a number"):
+        Run(NoFigure, output_dir=str(tmp_path)).train()
+    assert not (tmp_path / "checkpoints").exists()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from llmtk.errors import LlmtkError
+from llmtk.errors import LlmtkError, located
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,10 @@ _LESS = (
     "smaller data.max_length, train.gradient_checkpointing, an adapter (peft) or model.quantization. "
     "llmtk plan, with the words of llmtk run, estimates what a run takes."
 )
-_REPORT = "This is a fault in llmtk or a plugin. Run again with --debug for the traceback; please report it."
+_REPORT = (
+    "This is a fault in llmtk or a plugin. Look at that line if it is yours, else please report it; run again with "
+    "--debug for the traceback."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -72,7 +75,7 @@ def _say(error: Exception) -> int:
     if _is_want_of_memory(error):
         click.echo(f"error: not enough memory: {str(error).strip().splitlines()[0]}\n{_LESS}", err=True)
         return 1
-    click.echo(f"error: {type(error).__name__}: {error}\n{_REPORT}", err=True)
+    click.echo(f"error: {located(error)}\n{_REPORT}", err=True)
     return 1
 
 

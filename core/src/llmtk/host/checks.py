@@ -13,11 +13,11 @@ from __future__ import annotations
 import inspect
 from difflib import get_close_matches
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from llmtk.config.sections import Section
-from llmtk.contract import API, Stage
-from llmtk.errors import PluginError
+from llmtk.contract import API, Need, Stage
+from llmtk.errors import PluginError, suggest
 from llmtk.host.hookspecs import HOOKS, PROJECT, SPECS, STAGE_HOOKS
 
 if TYPE_CHECKING:
@@ -42,6 +42,12 @@ def check_stage(cls: object, subject: str, distribution: str = "") -> type[Stage
     _check_api(cls, subject, distribution)
     if not isinstance(cls.Options, type) or not issubclass(cls.Options, Section):
         raise PluginError(f"The {subject} has Options that are no section. Write class Options(llmtk.Section).")
+    for name, field in cls.Options.model_fields.items():
+        if field.is_required():
+            raise PluginError(
+                f"The {subject} has an option {name!r} without a default. Give one: {name}: TYPE = VALUE."
+            )
+    _check_values(cls, subject)
     for name, attribute in _attributes(cls):
         if name in HOOKS:
             _check_stage_hook(name, attribute, subject)
@@ -104,6 +110,25 @@ def _check_api(cls: type[Stage], subject: str, distribution: str) -> None:
         f"The {subject} is written for version {cls.api!r} of the contract, and this core has version {API}. "
         f"Upgrade {'the core' if behind else 'the stage'}: {mend}."
     )
+
+
+def _check_values(cls: type[Stage], subject: str) -> None:
+    """Refuse row types and needs that there are not: one that is misspelt would never be met."""
+    from llmtk.data.rows import Row
+
+    for declaration, known in (
+        ("row_types", [kind.type for kind in Row.__subclasses__()]),
+        ("needs", list(get_args(Need))),
+    ):
+        given = getattr(cls, declaration)
+        if isinstance(given, str):
+            raise PluginError(
+                f"The {subject} has {declaration} = {given!r}, one word and no tuple. Write ({given!r},)."
+            )
+        for name in given:
+            if name not in known:
+                near = suggest(str(name), known)
+                raise PluginError(f"The {subject} has {name!r} in {declaration}.{near} Known: {', '.join(known)}.")
 
 
 def _check_stage_hook(name: str, attribute: object, subject: str) -> None:

@@ -17,7 +17,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
 from llmtk._version import SOURCE_VERSION
-from llmtk.errors import PluginError, suggest
+from llmtk.errors import PluginError, located, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -109,7 +109,7 @@ def load(offer: Offer) -> object:
         if isinstance(error, ModuleNotFoundError) and error.name == module_name:
             raise PluginError(_misnamed(offer, f"there is no module {module_name!r}")) from error
         raise PluginError(
-            f"The {offer} cannot be imported: {module_name} raised {type(error).__name__}: {error}. {_mend(offer)}"
+            f"The {offer} cannot be imported: {module_name} raised {located(error)}. {_mend(offer)}"
         ) from error
     for attribute in attributes:
         if not hasattr(found, attribute):

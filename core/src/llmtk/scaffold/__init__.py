@@ -6,12 +6,12 @@ The templates stand beside this file, one folder for each kind and one for what 
 from __future__ import annotations
 
 import inspect
+import keyword
 import re
 import sys
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from importlib.resources import files
-from keyword import iskeyword
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from llmtk.errors import ConfigurationError
 from llmtk.host import discovery
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from llmtk.contract import Stage
 
@@ -90,7 +90,7 @@ def new(kind: str, name: str, *, start: str | None = None, description: str | No
     name = name.removeprefix(one.prefix)
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
         raise ConfigurationError(
-            f"{name!r} is no name for a {kind}: small letters, digits and single hyphens, as my-{kind}"
+            f"{name!r} is no name for a {kind}: small letters, digits and single hyphens, a letter first, as my-{kind}"
         )
     if name in discovery.RESERVED:
         raise ConfigurationError(
@@ -99,16 +99,16 @@ def new(kind: str, name: str, *, start: str | None = None, description: str | No
     if taken := [offer for offer in discovery.offers(one.group) if offer.name == name]:
         raise ConfigurationError(f"There is a {taken[0]} already. Choose another name, or uninstall that one")
     needed = [_compatible(distribution, discovery.core_version()) for distribution in one.needs]
-    made = New(one, name, one.description, _class_name(kind, name), needed)
+    made = New(one, name, one.description, _class_name(one, name), needed)
     made = made if start is None else _from_stage(made, start)
     return made if description is None else replace(made, description=_checked(description))
 
 
-def _class_name(kind: str, name: str) -> str:
-    """Return what a class is called that is neither a word of Python's nor one that the template's module uses."""
-    class_name = "".join(part.capitalize() for part in name.split("-"))
-    used = re.findall(r"\w+", _template(f"{kind}/module.py"))
-    return class_name + kind.capitalize() if iskeyword(class_name) or class_name in used else class_name
+def _class_name(kind: Kind, name: str) -> str:
+    """Return what its class is called: not as a keyword, nor as anything that its module's template names."""
+    called = "".join(part.capitalize() for part in name.split("-"))
+    taken = keyword.iskeyword(called) or re.search(rf"\b{called}\b", _template(f"{kind.name}/module.py"))
+    return f"{called}{kind.name.capitalize()}" if taken else called
 
 
 def _checked(description: str) -> str:
@@ -170,15 +170,25 @@ def _template(name: str) -> str:
 def _from_stage(made: New, start: str) -> New:
     """Begin with an installed stage's module: its text, under the new name."""
     cls, offer = discovery.get_stage(start), discovery.find(discovery.STAGES, start)
-    source = inspect.getsource(sys.modules[cls.__module__])
-    source = re.sub(rf'^(\s+(?:name|section) = )"{re.escape(start)}"', rf'\1"{made.name}"', source, flags=re.MULTILINE)
-    for option in cls.Options.model_fields:  # as its messages name them
-        source = re.sub(rf"\b{re.escape(start)}\.{option}\b", f"{made.name}.{option}", source)
+    source = _renamed(inspect.getsource(sys.modules[cls.__module__]), start, made.name, cls.Options.model_fields)
     dependencies = {_project(one): one for one in (metadata.requires(offer.distribution) or ())}
     if _imports_neighbours(cls, source, offer.distribution):
         dependencies[offer.distribution] = _compatible(offer.distribution, offer.version)
     description = f"{offer.summary}, begun from {start}"
     return New(made.kind, made.name, description, cls.__name__, tuple(dependencies.values()), source)
+
+
+def _renamed(source: str, start: str, name: str, options: Iterable[str]) -> str:
+    """Return a module's text in which the section of a stage is called `name`; a loss that is called alike stays."""
+    quoted = f'"{re.escape(start)}"'
+    for place in (
+        rf"(^\s+(?:name|section|name = section) = ){quoted}",
+        rf"(\w\(){quoted}(?=[,)])",  # refuse_unused("dpo", ...)
+        rf"([{{ ]){quoted}(?=: \{{)",  # the demo's {"dpo": {...}}
+    ):
+        source = re.sub(place, rf'\1"{name}"', source, flags=re.MULTILINE)
+    named = "|".join((r"\{", *(rf"{option}\b" for option in options)))  # as its messages name them
+    return re.sub(rf"\b{re.escape(start)}\.(?={named})", f"{name}.", source)
 
 
 def _imports_neighbours(cls: type[Stage], source: str, distribution: str) -> bool:

@@ -6,14 +6,13 @@ import contextlib
 import io
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtk.errors import ConfigurationError, LlmtkError, suggest
+from llmtk.errors import ConfigurationError, LlmtkError, located, suggest
 
 if TYPE_CHECKING:
     from llmtk.contract import Stage
@@ -171,14 +170,5 @@ def _outcome(name: str, one: Check, trial: Trial) -> Outcome:
     except LlmtkError as error:  # says itself what to do
         verdict, message = Verdict.FAILED, str(error)
     except Exception as error:
-        verdict, message, mend = Verdict.FAILED, f"it crashes: {_told(error)}", CRASHED
+        verdict, message, mend = Verdict.FAILED, f"it crashes: {located(error)}", CRASHED
     return Outcome(name, one.title, verdict, time.perf_counter() - began, message, mend)
-
-
-def _told(error: Exception) -> str:
-    """Say what an error was and where it came from: the last place outside of the core, if there is one."""
-    core = str(Path(__file__).parents[1])
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(core) and "site-packages" not in frame.filename]
-    frame = (own or frames)[-1]
-    return f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno}, in {frame.name})"

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmtk.errors import LlmtkError
-from llmtk.testing.conformance import _told
+from llmtk.errors import LlmtkError, located
 from llmtk.testing.trial import Trial, find
 
 
@@ -27,4 +26,4 @@ if __name__ == "__main__":
     try:
         main(json.loads(Path(sys.argv[1]).read_text()))
     except Exception as error:
-        sys.exit(f"llmtk-check: {error if isinstance(error, LlmtkError) else _told(error)}")
+        sys.exit(f"llmtk-check: {error if isinstance(error, LlmtkError) else located(error)}")

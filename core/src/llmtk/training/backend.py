@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llmtk.batch import Batch
 from llmtk.config.sections import DeepspeedConfig, FsdpConfig, TrainConfig
-from llmtk.errors import ConfigurationError
+from llmtk.errors import ConfigurationError, TrainingError
 from llmtk.training import checkpoints
 from llmtk.training.sharding import shard_with
 from llmtk.training.zero import Zero, spread
@@ -192,7 +192,12 @@ class Backend:
         return self.accelerator.no_sync(self.wrapped)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradients."""
+        """Add a micro-batch's gradients. TrainingError for a loss that has none."""
+        if not loss.requires_grad:
+            raise TrainingError(
+                "the loss does not depend on the model, so that nothing can be learnt: make its terms of what "
+                "run.score(batch) gives, without detach, item or torch.no_grad"
+            )
         if self.zero is not None:
             self.zero.backward(loss)
         else:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmtk.contract import REFERENCE
+from llmtk.errors import PluginError
 from llmtk.scoring import Memory, Scorer, Scores
 from llmtk.scoring.kept import keep_less
 from llmtk.training.evaluation import eval_mode
@@ -59,7 +60,7 @@ class Forward:
             assert temperature == 1, "a stage that honours precompute_reference scores at temperature 1"
             return self.precomputed.scores(batch, also)
         wanted = frozenset(also) | (self._also if model is None else frozenset())
-        return self.scorers[model].score(self._pass(model, batch), batch, wanted, temperature)
+        return self._scorer(model).score(self._pass(model, batch), batch, wanted, temperature)
 
     def score_window(self, batch: Batch, model: str | None, also: Iterable[str], temperature: float) -> Scores:
         """Score a whole window."""
@@ -71,7 +72,7 @@ class Forward:
 
     def values(self, batch: Batch, model: str | None) -> Tensor:
         """Return a micro-batch's values (targets,)."""
-        scorer, forward = self.scorers[model], self._pass(model, batch)
+        scorer, forward = self._scorer(model), self._pass(model, batch)
         return self._asked(("values", model), batch, lambda: scorer.values(forward, batch))
 
     def values_window(self, batch: Batch, model: str | None) -> Tensor:
@@ -105,6 +106,16 @@ class Forward:
             yield self._memory
         finally:
             self._memory = before
+
+    def _scorer(self, model: str | None) -> Scorer:
+        if model not in self.scorers:
+            known = ", ".join(sorted(name for name in self.scorers if name)) or "none"
+            raise PluginError(
+                f"The stage {self._run.config.stage!r} asks for the model {model!r}, and the run's frozen models are: "
+                f'{known}. A reference is declared in the stage, needs = frozenset({{"reference"}}); others are made '
+                "in build_models."
+            )
+        return self.scorers[model]
 
     def _asked(self, question: Hashable, batch: Batch, compute: Callable[[], Told]) -> Told:
         return compute() if self._memory is None else self._memory.asked(batch, compute, question)

@@ -62,7 +62,10 @@ class WindowTally:
     parts: list[tuple[MicroBatch, dict[str, Term], dict[str, Mean]]] = field(default_factory=list)
 
     def add(self, micro_batch: MicroBatch, output: LossOutput) -> None:
-        """Keep what a micro-batch gave. One that only keeps step adds nothing."""
+        """Keep what a micro-batch gave. One that only keeps step adds nothing. TrainingError for what is no metric."""
+        for name, metric in output.metrics.items():
+            if not isinstance(metric, Mean):
+                raise TrainingError(f"the metric {name!r} is no Mean but {metric!r:.60}. Write Mean(sum, count)")
         if micro_batch.counts:
             self.parts.append((micro_batch, output.terms, output.metrics))
 
@@ -107,10 +110,15 @@ def objective(terms: Mapping[str, Term], totals: Mapping[str, float], world_size
     """Return a micro-batch's share of the window's loss.
 
     Data parallelism averages gradients over ranks, so each share is multiplied by their number. A weight that totals
-    zero over the window drops its term. TrainingError for a term without a declared weight.
+    zero over the window drops its term. TrainingError for a term without a declared weight, and for what is no term.
     """
     shares = []
     for name, term in terms.items():
+        if not (isinstance(term, Term) and isinstance(term.sum, Tensor)):
+            raise TrainingError(
+                f"the loss term {name!r} is no Term of a tensor but {term!r:.60}. Write Term(sum, per=WEIGHT), where "
+                "sum is a tensor of one value and WEIGHT is declared in Group(weights=...)"
+            )
         if term.per not in totals:
             raise TrainingError(
                 f"the loss term {name!r} is divided by the weight {term.per!r}, which the batch does not declare. "
