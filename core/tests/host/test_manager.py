@@ -131,6 +131,9 @@ def test_a_stage_whose_row_types_or_needs_are_none_that_there_are() -> None:
     )
     refused_stage(stage(row_types="pair"), "row_types = 'pair', one word and no tuple", "Write ('pair',)")
     refused_stage(stage(needs=frozenset({"referense"})), "'referense' in needs", "Did you mean 'reference'?")
+    refused_stage(
+        stage(honours=frozenset({"label_smoothing"})), "'label_smoothing' in honours", "mean 'label_smoothing_factor'?"
+    )
 
 
 def test_a_stage_with_an_option_without_a_default() -> None:
@@ -370,6 +373,17 @@ def test_a_stage_that_forgets_return() -> None:
     told_while_running(
         lambda hooks: hooks.compute_loss(BATCH),
         "The stage 'toy': compute_loss returned None; did you forget `return`?",
+        stage=stage(compute_loss=compute_loss),
+    )
+
+
+def test_a_stage_that_ends_the_program() -> None:
+    def compute_loss(self, run, batch):
+        raise SystemExit
+
+    told_while_running(
+        lambda hooks: hooks.compute_loss(BATCH),
+        "The stage 'toy': compute_loss calls sys.exit(None). Raise an error",
         stage=stage(compute_loss=compute_loss),
     )
 

@@ -80,6 +80,18 @@ def test_a_crash_is_told_once_with_its_line() -> None:
     assert second.message == "as told of the check 'loss'"
 
 
+def test_a_stage_that_ends_the_program_fails() -> None:
+    class Exits(broken.Sound):
+        def demo(self):
+            raise SystemExit
+
+        def compute_loss(self, run, batch):
+            raise SystemExit
+
+    found = list(outcomes(Exits, ["loss", "demo"], rows=broken.ROWS))
+    assert [one.verdict for one in found] == [Verdict.FAILED] * 2
+
+
 def test_a_column_that_rows_do_not_have_is_told_with_those_that_they_have() -> None:
     class Asks(broken.Sound):
         def group(self, row):

@@ -113,12 +113,14 @@ def _check_api(cls: type[Stage], subject: str, distribution: str) -> None:
 
 
 def _check_values(cls: type[Stage], subject: str) -> None:
-    """Refuse row types and needs that there are not: one that is misspelt would never be met."""
+    """Refuse row types, needs and keys that there are not: one that is misspelt would never be met."""
+    from llmtk.config.run_config import OPTIONAL_KEYS
     from llmtk.data.rows import Row
 
     for declaration, known in (
         ("row_types", [kind.type for kind in Row.__subclasses__()]),
         ("needs", list(get_args(Need))),
+        ("honours", sorted(OPTIONAL_KEYS)),
     ):
         given = getattr(cls, declaration)
         if isinstance(given, str):

@@ -147,7 +147,13 @@ class _Guard:
 
         @wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            return self.check(function(*args, **kwargs))
+            try:
+                answer = function(*args, **kwargs)
+            except SystemExit as error:  # the program would end as if all were well
+                raise PluginError(
+                    f"{self.subject}: {self.hook} calls sys.exit({error.code!r}). Raise an error that says why."
+                ) from error
+            return self.check(answer)
 
         return guarded
 

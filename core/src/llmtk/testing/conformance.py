@@ -169,6 +169,6 @@ def _outcome(name: str, one: Check, trial: Trial) -> Outcome:
         verdict, message, mend = Verdict.FAILED, str(failure), failure.mend or one.mend
     except LlmtkError as error:  # says itself what to do
         verdict, message = Verdict.FAILED, str(error)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         verdict, message, mend = Verdict.FAILED, f"it crashes: {located(error)}", CRASHED
     return Outcome(name, one.title, verdict, time.perf_counter() - began, message, mend)
