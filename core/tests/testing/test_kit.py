@@ -8,6 +8,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -42,7 +43,13 @@ def test_a_sound_stage_passes(check: str) -> None:
     assert outcome.verdict is wanted, outcome.message
 
 
-@pytest.mark.parametrize("stage", broken.BROKEN, ids=lambda stage: stage.__name__)
+def _cases() -> list[Any]:
+    """Return the broken stages; those that two ranks tell are slow but for one, and tested by `make conform`."""
+    slow = {one for one in broken.BROKEN if one.caught_by == "ranks"} - {broken.DenominatorOfARank}
+    return [pytest.param(one, id=one.__name__, marks=[pytest.mark.slow] * (one in slow)) for one in broken.BROKEN]
+
+
+@pytest.mark.parametrize("stage", _cases())
 def test_a_broken_stage_is_caught_by_the_check_that_is_about_it(stage: type) -> None:
     (outcome,) = outcomes(stage, stage.caught_by)
     assert outcome.verdict is Verdict.FAILED
