@@ -43,15 +43,15 @@ docs: $(VENV)/.documented
 	$(BIN)/mkdocs build --quiet
 
 # Two stages at a time, of which each that fails is told in full; their demos are tested beside them. Then what is
-# installed from wheels is tried, the pages that write a stage and a plugin are followed, and the whole story; and the
-# kit sees what is broken on two ranks.
+# installed from wheels is tried, the pages that write a stage and a plugin are followed, and the whole story; the
+# example for two processes is run, and the kit sees what is broken on two ranks.
 conform: $(VENV)/.developed
 	@mkdir -p build/conform
 	@printf '%s\n' $(STAGES) | OMP_NUM_THREADS=1 xargs -P 2 -I NAME sh -c \
 	  '$(BIN)/llmtk check NAME --no-demo > build/conform/NAME.txt 2>&1 && tail -n 1 build/conform/NAME.txt || \
 	   { cat build/conform/NAME.txt; exit 1; }'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -k "not killed" -n 2 \
-	  tests/test_wheels.py tests/test_story_page.py core/tests/testing
+	  tests/test_wheels.py tests/test_story_page.py tests/test_examples.py core/tests/testing
 
 bench: $(VENV)/.developed
 	$(BIN)/python tests/benchmarks/startup.py

@@ -60,6 +60,7 @@ def test_an_example_runs(file: Path, tmp_path: Path, capfd: pytest.CaptureFixtur
     assert (tmp_path / "run" / f"{weights}.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_in_the_repository")
 def test_two_processes_run_as_the_file_says(tmp_path: Path) -> None:
     """By the header's own command, but for the address, which is this machine's alone."""

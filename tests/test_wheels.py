@@ -88,6 +88,7 @@ def runs_sft(environment: Environment, folder: Path) -> None:
     assert (folder / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_every_distribution_builds_and_none_asks_for_somebody_elses_llmtk(wheels: Path) -> None:
     built = sorted(wheels.glob("*.whl"))
     assert len(built) == len(PROJECTS)
@@ -99,6 +100,7 @@ def test_every_distribution_builds_and_none_asks_for_somebody_elses_llmtk(wheels
         assert wheel.name.startswith("llmtk_core-") or "llmtk-core" in requires
 
 
+@pytest.mark.slow
 def test_a_stage_is_there_once_it_is_installed_and_gone_once_it_is_removed(wheels: Path, tmp_path: Path) -> None:
     environment = Environment(tmp_path / "venv")
     # dill, with which datasets fingerprints, takes a module for an installed one by this name in its path.

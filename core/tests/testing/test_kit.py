@@ -36,7 +36,7 @@ REFUSED = {"AroundThatReturnsNothing", "HookWithADefault", "MisspeltHook", "NotA
 """Those that the core refuses, in an error that says what to do."""
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", [pytest.param(name, marks=[pytest.mark.slow] * (name == "ranks")) for name in CHECKS])
 def test_a_sound_stage_passes(check: str) -> None:
     (outcome,) = outcomes(broken.Sound, check)
     wanted = Verdict.SKIPPED if check == "listed" else Verdict.PASSED
@@ -109,7 +109,14 @@ def test_a_column_that_rows_do_not_have_is_told_with_those_that_they_have() -> N
     assert "input_ids, targets" in found.mend
 
 
-@pytest.mark.parametrize(("better_at", "ran"), [(1, [BRIEF]), (BRIEF + 1, [BRIEF, BRIEF + 20]), (BRIEF + 21, [])])
+@pytest.mark.parametrize(
+    ("better_at", "ran"),
+    [
+        (1, [BRIEF]),
+        pytest.param(BRIEF + 1, [BRIEF, BRIEF + 20], marks=pytest.mark.slow),
+        (BRIEF + 21, []),
+    ],
+)
 def test_a_long_demo_is_tried_in_brief_and_is_judged_by_all_of_it(better_at: int, ran: list[int]) -> None:
     seen: list[int] = []
 
