@@ -209,8 +209,9 @@ def demo(trial: Trial) -> None:
         raise Failure(
             "it has no demo()", "Write one: demo(self) returns a Demo of rows, settings and a figure. " + DEMO
         )
+    brief = BRIEF // 2 if "generation" in trial.stage_class.needs else BRIEF  # whose steps take twice as long
     steps = trial.demo.config.get("train", {}).get("max_steps", 0)
-    lengths: list[dict[str, int]] = [{"max_steps": BRIEF}, {}] if steps > BRIEF else [{}]
+    lengths: list[dict[str, int]] = [{"max_steps": brief}, {}] if steps > brief else [{}]
     for given in lengths:
         before, after = _figures(trial, given)
         if after > before if trial.demo.higher_is_better else after < before:
