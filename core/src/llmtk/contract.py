@@ -33,6 +33,8 @@ Row = dict[str, Any]
 """An encoded row: `input_ids`, `targets` and whatever else its row type has, `length` in tokens, and `place`."""
 
 Need = Literal["reference", "reward", "generation"]
+RowType = Literal["text", "dialogue", "prompt_completion", "pair", "labelled", "prompt"]
+"""What a row may be: `llmtk.data.rows` has a class for each."""
 
 REFERENCE = "reference"
 """The name of the model that a run keeps for stages that need a reference."""

@@ -6,8 +6,6 @@ traceback) and exits with ``exit_code``: 2 for bad input, found before anything 
 
 from __future__ import annotations
 
-import sysconfig
-import traceback
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,6 +64,9 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def located(error: BaseException) -> str:
     """Return an unexpected error and its line: the last outside of llmtk, Python and what is installed, if any is."""
+    import sysconfig
+    import traceback
+
     frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith("<frozen")]
     known = (str(Path(__file__).parent), sysconfig.get_path("stdlib"))
     own = [one for one in frames if not one.filename.startswith(known) and "site-packages" not in one.filename]

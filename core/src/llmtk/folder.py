@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 CONFIG, INFO, RESULTS, LOCK = "config.yaml", "run.json", "results.json", ".lock"
 PREDICTIONS = "predictions.jsonl"
 MAY_CHANGE = (
-    "predict.",
     "output_dir",
     "data.cache",
     "data.num_proc",
     "deepspeed",
     "fsdp",
     "samples",
+    "predict.",
     "train.num_train_epochs",
     "train.max_steps",
     "train.per_device_eval_batch_size",

@@ -5,14 +5,16 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from llmtk.batch import Batch, LossOutput, Round
 from llmtk.config.sections import Section
-from llmtk.contract import Models, Stage
+from llmtk.contract import Models, RowType, Stage
+from llmtk.data.encoders import ENCODERS
+from llmtk.data.rows import Row
 from llmtk.errors import ConfigurationError, DatasetError, PluginError
 from llmtk.host import discovery, manager
 from llmtk.host.hooks import Hooks
@@ -123,6 +125,10 @@ def test_two_plugins_that_compare_equal_are_told_apart_or_refused() -> None:
 
 def test_a_stage_without_options() -> None:
     refused_stage(stage(__init__=lambda self: None), "no options", "super().__init__(options)")
+
+
+def test_the_contract_names_every_row_type_that_can_be_read() -> None:
+    assert set(get_args(RowType)) == {kind.type for kind in Row.__subclasses__()} == set(ENCODERS)
 
 
 def test_a_stage_whose_row_types_or_needs_are_none_that_there_are() -> None:

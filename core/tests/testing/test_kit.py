@@ -110,14 +110,17 @@ def test_a_column_that_rows_do_not_have_is_told_with_those_that_they_have() -> N
 
 
 @pytest.mark.parametrize(
-    ("better_at", "ran"),
+    ("better_at", "ran", "needs"),
     [
-        (1, [BRIEF]),
-        pytest.param(BRIEF + 1, [BRIEF, BRIEF + 20], marks=pytest.mark.slow),
-        (BRIEF + 21, []),
+        (1, [BRIEF], ()),
+        (1, [BRIEF // 2], ("generation",)),
+        pytest.param(BRIEF + 1, [BRIEF, BRIEF + 20], (), marks=pytest.mark.slow),
+        (BRIEF + 21, [], ()),
     ],
 )
-def test_a_long_demo_is_tried_in_brief_and_is_judged_by_all_of_it(better_at: int, ran: list[int]) -> None:
+def test_a_long_demo_is_tried_in_brief_and_is_judged_by_all_of_it(
+    better_at: int, ran: list[int], needs: tuple[str, ...]
+) -> None:
     seen: list[int] = []
 
     class Long(broken.Sound):
@@ -129,6 +132,7 @@ def test_a_long_demo_is_tried_in_brief_and_is_judged_by_all_of_it(better_at: int
             train = {"max_steps": BRIEF + 20, "per_device_train_batch_size": 1}
             return replace(super().demo(), config={"train": train}, measure=measure, higher_is_better=True)
 
+    Long.needs = frozenset(needs)
     (found,) = outcomes(Long, "demo")
     assert found.verdict is (Verdict.PASSED if ran else Verdict.FAILED), found.message
     assert [step for step in seen if step] == (ran or [BRIEF, BRIEF + 20])

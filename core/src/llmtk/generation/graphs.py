@@ -1,4 +1,4 @@
-"""Steps that are recorded once and then replayed: on CUDA a token is one launch, in place of several hundred.
+"""Steps that are recorded once and then replayed: on CUDA a token is one launch, in place of one for each kernel.
 
 What is recorded can change neither its shapes nor its tensors, and a step changes both with every token that is written
 and every sequence that ends. So what is recorded is a step with room to spare, and it is recorded anew where that is

@@ -16,7 +16,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, get_args
 
 from llmtk.config.sections import Section
-from llmtk.contract import API, Need, Stage
+from llmtk.contract import API, Need, RowType, Stage
 from llmtk.errors import PluginError, suggest
 from llmtk.host.hookspecs import HOOKS, PROJECT, SPECS, STAGE_HOOKS
 
@@ -115,10 +115,9 @@ def _check_api(cls: type[Stage], subject: str, distribution: str) -> None:
 def _check_values(cls: type[Stage], subject: str) -> None:
     """Refuse row types, needs and keys that there are not: one that is misspelt would never be met."""
     from llmtk.config.run_config import OPTIONAL_KEYS
-    from llmtk.data.rows import Row
 
     for declaration, known in (
-        ("row_types", [kind.type for kind in Row.__subclasses__()]),
+        ("row_types", list(get_args(RowType))),
         ("needs", list(get_args(Need))),
         ("honours", sorted(OPTIONAL_KEYS)),
     ):
