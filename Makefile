@@ -93,5 +93,5 @@ $(VENV)/.developed: $(VENV)/.used $(PROJECTS:%=%/pyproject.toml)
 	@touch $@
 
 $(VENV)/.documented: $(VENV)/.developed
-	@$(PIP) mkdocs-material
+	@$(PIP) mkdocs-material "mkdocstrings[python]"
 	@touch $@

@@ -65,6 +65,11 @@ def test_every_command_has_its_help_on_a_page(pages: dict[str, str]) -> None:
         assert f"## llmtk {name}\n" in pages["commands.md"]
 
 
+def test_every_name_of_the_package_is_on_a_page() -> None:
+    told = re.findall(r"^::: llmtk\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert sorted(told) == sorted(set(llmtk.__all__) - {"__version__"})
+
+
 def test_the_loop_by_hand_is_the_one_that_is_measured() -> None:
     measured = inspect.getsource(load(ROOT / "tests/benchmarks/loop.py").by_hand)
     assert f"```python\n{measured}```" in (DOCS / "loop.md").read_text()

@@ -56,7 +56,9 @@ class Data:
     """The encoded rows of a run."""
 
     train: Dataset
+    """What is trained on."""
     eval: Dataset | None = None
+    """What is evaluated on as the run goes, and at its end."""
     test: Dataset | None = None
     """What the finished model is evaluated on, once."""
     mixture: Sequence[tuple[int, float]] = ()
@@ -66,10 +68,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Models:
-    """The one trainable root module (which may hold several), and frozen ones by name: `run.score(…, model=name)`."""
+    """The one trainable root module, which may hold several, and frozen ones by name: `run.score(…, model=name)`."""
 
     root: nn.Module
+    """What is trained, and exported."""
     frozen: Mapping[str, nn.Module] = field(default_factory=dict)
+    """What is not trained."""
     views: Mapping[str, Callable[[], AbstractContextManager[None]]] = field(default_factory=dict)
     """Frozen models that are the root itself, seen in another way (its adapter off): what it computes in a context."""
     changing: frozenset[str] = frozenset()
@@ -82,7 +86,9 @@ class Demo:
 
     train: list[dict[str, Any]]
     eval: list[dict[str, Any]]
+    """Rows as a user's file has them, to train on and to evaluate on."""
     config: Mapping[str, Any]
+    """The settings, in sections, as in a configuration file."""
     figure: str
     """Name of the figure, for example "exact match"."""
     measure: Callable[[RunView], float]
@@ -100,9 +106,13 @@ class RunView(Protocol):
     model: nn.Module
     """The trainable root, not wrapped. To compute with it, use `score`, which enters through the wrapped one."""
     frozen: dict[str, nn.Module]
+    """The models that are not trained, by the names that `score` takes."""
     tokenizer: PreTrainedTokenizerBase
+    """The model's tokenizer."""
     train_rows: Dataset
+    """The rows to train on, encoded."""
     eval_rows: Dataset | None
+    """The rows to evaluate on, encoded, if there are any."""
 
     @property
     def data_seed(self) -> int:
@@ -221,6 +231,7 @@ class Stage:
     """A training method. Subclass it, declare what it needs, and override `prepare_batch` and `compute_loss`."""
 
     api: ClassVar[int] = API
+    """The contract's version that it is written for."""
 
     class Options(Section):
         """The stage's own section of the configuration."""
@@ -234,6 +245,7 @@ class Stage:
     row_types: ClassVar[tuple[str, ...]] = ("dialogue",)
     """Row types that it takes. Rows of other types are converted to the first that can be reached."""
     needs: ClassVar[frozenset[Need]] = frozenset()
+    """What it needs beside the model: a reference, rewards, or completions that the policy writes."""
     honours: ClassVar[frozenset[str]] = frozenset()
     """Which of the core's optional keys it honours: `label_smoothing_factor`, ..."""
     head: ClassVar[Literal["language", "value"]] = "language"

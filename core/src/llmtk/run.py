@@ -67,12 +67,17 @@ class Result:
     """What a finished run came to."""
 
     final_loss: float | None
+    """The loss of the last line of the log, if there was one."""
     best_metric: float | None
+    """The best value of train.metric_for_best_model, where the best checkpoint was looked for."""
     best_model_path: str | None
+    """That checkpoint's folder, if it is kept."""
     steps: int
+    """Optimizer steps taken, with those of the runs that this one resumed."""
     metrics: Mapping[str, float]
     """The last evaluation's metrics; for a demo also its figure before and after."""
     output_dir: str
+    """The run's folder, which holds the model."""
 
 
 class Run:

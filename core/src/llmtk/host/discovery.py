@@ -119,7 +119,11 @@ def load(offer: Offer) -> object:
 
 
 def get_stage(name: str) -> type[Stage]:
-    """Return an installed stage's class, checked against the contract. Raises PluginError as `find` and `load` do."""
+    """Return an installed stage's class, checked against the contract.
+
+    Raises:
+        PluginError: None has that name, two distributions offer it, it cannot be imported, or breaks the contract.
+    """
     from llmtk.host.checks import check_stage
 
     offer = find(STAGES, name)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PROJECT = "llmtk"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a plugin's method as an answer to the hook of its name; `hookimpl(wrapper=True)` as one around others'."""
 
 
 class StageHooks:

@@ -38,10 +38,15 @@ class StepReport:
     """One optimizer step, taken or refused."""
 
     step: int
+    """Steps taken so far, with this one."""
     epoch: float
+    """Epochs taken so far, as a fraction."""
     loss: float
+    """The loss of the window, over all ranks."""
     grad_norm: float
+    """The gradient's norm before it was clipped, over all ranks."""
     learning_rate: float
+    """What this step was taken with, in the first parameter group."""
     skipped: str | None
     """Why no weight changed, if none did."""
     evaluation: Evaluation | None = None
