@@ -17,7 +17,7 @@ from llmtk.scoring.proof import why_not_packed
 
 from .kit import adapted, build, gradients, shared, weigh
 
-kept_less = partial(keep_less, torch.device("cpu"), tokens=kept.FEW)
+kept_less = partial(keep_less, torch.device("cpu"), size=kept.SMALL)
 
 
 @pytest.fixture
@@ -159,10 +159,10 @@ def test_a_cast_ends_with_the_node_that_keeps_it():
     assert other.grad_fn is not None
 
 
-@pytest.mark.parametrize(("device", "tokens"), [("cuda", kept.FEW), ("cpu", kept.FEW - 1)])
-def test_it_keeps_out_of_the_way_of_accelerators_and_of_few_tokens(device, tokens):
+@pytest.mark.parametrize(("device", "size"), [("cuda", kept.SMALL), ("cpu", kept.SMALL - 1)])
+def test_it_keeps_out_of_the_way_of_accelerators_and_of_small_models(device, size):
     x = torch.randn(5, requires_grad=True)
-    with keep_less(torch.device(device), tokens):
+    with keep_less(torch.device(device), size):
         out = x.exp()
     assert isinstance(out.grad_fn._raw_saved_result.data, torch.Tensor)
 

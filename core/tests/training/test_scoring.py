@@ -288,7 +288,7 @@ def test_a_run_that_keeps_less_is_the_same_to_the_bit(tmp_path, monkeypatch, che
     usual = trained("usual")
     asked = []
     made_again = kept._made_again
-    monkeypatch.setattr(kept, "FEW", 0)
+    monkeypatch.setattr(kept, "SMALL", 0)
     monkeypatch.setattr(kept, "_made_again", lambda *given: asked.append(made_again(*given)) or asked[-1])
     assert_same_run(trained("less"), usual)
     assert any(asked)

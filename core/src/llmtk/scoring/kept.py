@@ -22,8 +22,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-FEW = 512
-"""Tokens below which there is too little to keep for the time that looking at it takes: 3 us for each tensor."""
+SMALL = 1 << 19
+"""Numbers in a hidden state below which the passes over it are no faster than the Python in here, 3 us for each tensor.
+
+With 2,000 tokens of a width of 256 it gains as much time as it takes; below, it takes up to 7% of a step.
+"""
 CAST, PRODUCT = "ToCopyBackward0", "MulBackward0"
 """How torch calls their nodes in its graph."""
 
@@ -32,12 +35,12 @@ Again = Callable[[], Tensor]
 
 
 @contextmanager
-def keep_less(device: torch.device, tokens: int) -> Iterator[None]:
-    """Keep less in the block, which is one forward pass over this many tokens.
+def keep_less(device: torch.device, size: int) -> Iterator[None]:
+    """Keep less in the block, which is one forward pass with hidden states of this many numbers: tokens times width.
 
     On a CPU alone: an accelerator would wait for the Python in here.
     """
-    if device.type != "cpu" or tokens < FEW:
+    if device.type != "cpu" or size < SMALL:
         yield
         return
     casts: dict[Any, Again] = {}

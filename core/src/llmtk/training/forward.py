@@ -17,6 +17,8 @@ from llmtk.training.evaluation import eval_mode
 from llmtk.training.micro_batches import cut_window
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from llmtk.batch import Batch
     from llmtk.run import Run
     from llmtk.training.neftune import EmbeddingNoise
@@ -47,6 +49,7 @@ class Forward:
         self.precomputed: Precomputed | None = None
         """What answers for the reference in its place."""
         self._run = run
+        self._width = _width(run.model)
         self._noise = noise
         self._also: frozenset[str] = frozenset()
         self._memory: Memory | None = None
@@ -141,7 +144,8 @@ class Forward:
 
             def policy(**inputs: Any) -> Any:
                 # What is compiled chooses itself what to keep.
-                with keep_less(backend.device, 0 if self.compiled else len(batch.tokens)), self._noisy(batch, inputs):
+                size = 0 if self.compiled else len(batch.tokens) * self._width
+                with keep_less(backend.device, size), self._noisy(batch, inputs):
                     output = backend.wrapped(**inputs)
                 self.router.hear(output, batch)
                 return output
@@ -168,3 +172,9 @@ class Forward:
         if self._noise is None or not (self._run.model.training and torch.is_grad_enabled()):
             return nullcontext()
         return self._noise.on(batch, inputs)
+
+
+def _width(root: nn.Module) -> int:
+    """Return how many numbers a token's hidden state has; 0 of a root that is not transformers'."""
+    config: Any = getattr(root, "config", None)
+    return int(config.get_text_config().hidden_size) if hasattr(config, "get_text_config") else 0
