@@ -6,6 +6,7 @@ import json
 import pickletools
 import zipfile
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,8 @@ EVALUATED: dict[str, Any] = SAVED | {"eval_strategy": "steps", "eval_steps": STE
 TWO = "two-ranks"
 """The folder of the run on two ranks."""
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
-PROTOCOLS = tuple(bytes([0x80, version]) for version in range(2, 6))
-"""How a pickle begins."""
+PROTO = b"\x80"
+"""How a pickle of protocol 2 or later begins. Older ones have no mark, and are known by being nothing else."""
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -122,14 +123,13 @@ def _is_pickle(file: Path) -> bool:
         return True
     if zipfile.is_zipfile(file):
         return any(name.endswith(".pkl") for name in zipfile.ZipFile(file).namelist())
-    with file.open("rb") as stream:
-        if stream.read(2) not in PROTOCOLS:
-            return False
-        stream.seek(0)
-        try:  # the header of a safetensors file may be as long as these two bytes say
-            return any(operation.name == "STOP" for operation, _, _ in pickletools.genops(stream))
-        except ValueError:
-            return False
+    content = BytesIO(file.read_bytes())
+    try:  # not by its first bytes alone: the header of a safetensors file may be as long as they say
+        *_, (last, _, _) = pickletools.genops(content)
+    except ValueError:
+        return False
+    marked = content.getvalue().startswith(PROTO)
+    return last.name == "STOP" and (marked or not content.read())
 
 
 def two_ranks(trial: Trial) -> TwoRanks:
