@@ -415,3 +415,20 @@ def test_a_demo_whose_figure_is_no_number_is_told_before_it_trains(tmp_path):
     with pytest.raises(PluginError, match="the demo's figure is measured as None, not as a number"):
         Run(NoFigure, output_dir=str(tmp_path)).train()
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_what_a_demo_had_to_give_is_named_for_the_user_s_own_run(tmp_path, capsys):
+    class Rewarded(Lm):
+        class Options(Section):
+            judges: list[str] = []
+            """What judges."""
+            beta: float = 0.1
+            """How much."""
+
+        def demo(self):
+            rows = [{"text": "some text"}] * 4
+            config = {"train": {"max_steps": 1, "bf16": False}, "lm": {"judges": ["length"], "beta": 0.2}}
+            return Demo(rows, rows, config, "nothing", lambda run: 0.0)
+
+    Run(Rewarded, output_dir=str(tmp_path)).train()
+    assert "data.train=ROWS.jsonl data.eval=0.1 lm.judges=JUDGES\n" in capsys.readouterr().out

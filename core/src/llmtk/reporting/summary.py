@@ -93,7 +93,15 @@ def say_result(run: Run, result: Result) -> None:
         f"{done}: {counted(result.steps, 'step')}{why}, loss {loss}. Model, metrics and plot are in {result.output_dir}"
     )
     if run.demo:
-        say(f"Your own: llmtk run {run.stage_name} model.name_or_path=MODEL data.train=ROWS.jsonl data.eval=0.1")
+        own = "".join(f" {run.stage_name}.{option}={option.upper()}" for option in _without_default(run))
+        say(f"Your own: llmtk run {run.stage_name} model.name_or_path=MODEL data.train=ROWS.jsonl data.eval=0.1{own}")
+
+
+def _without_default(run: Run) -> list[str]:
+    """Return the stage's options that its demo had to give, since by themselves they are empty."""
+    given = run.demo.config.get(run.stage_name, {}) if run.demo else {}
+    fields = type(run.stage.options).model_fields
+    return [name for name in given if fields[name].get_default(call_default_factory=True) in (None, [], {}, ())]
 
 
 def model_name(run: Run) -> str:
