@@ -194,6 +194,18 @@ def test_an_around_hook_calls_inner_twice_through_those_below() -> None:
     assert order == ["extra"] * 4
 
 
+@pytest.mark.parametrize("plugins", [1, 2])
+def test_inner_that_is_called_without_its_batch_is_told_as_a_plugin_s_author_knows_it(plugins: int) -> None:
+    class Forgetful:
+        @hookimpl
+        def around_compute_loss(self, run, batch, inner):
+            return inner()
+
+    named = [("adding", adding("extra", [])), ("forgetful", Forgetful())][-plugins:]
+    with pytest.raises(TypeError, match=r"^inner\(\) missing 1 required positional argument"):
+        hooks_of(*named).compute_loss(BATCH)
+
+
 def test_the_default_evaluation_goes_through_the_plugins_around_the_loss() -> None:
     class View:
         hooks: Hooks

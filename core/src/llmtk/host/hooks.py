@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmtk.errors import PluginError
@@ -145,16 +144,17 @@ class Hooks:
         return bool(getattr(self._call, hook).get_hookimpls())
 
     def _around(self, hook: str, argument: str) -> Callable[[Any], Any]:
-        def innermost(value: Any) -> Any:
+        def stage(value: Any) -> Any:
             return getattr(self._call, hook)(run=self._run, **{argument: value})
 
-        composed: Callable[[Any], Any] = innermost
-        for impl in _impls(self._manager, f"around_{hook}"):
-            composed = partial(self._outer, impl, argument, composed)
-        return composed
+        def around(impl: pluggy.HookImpl, inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            return lambda value: _invoke(impl, run=self._run, inner=inner, **{argument: value})
 
-    def _outer(self, impl: pluggy.HookImpl, argument: str, inner: Callable[[Any], Any], value: Any) -> Any:
-        return _invoke(impl, run=self._run, inner=inner, **{argument: value})
+        composed: Callable[[Any], Any] = stage
+        for impl in _impls(self._manager, f"around_{hook}"):
+            composed.__qualname__ = "inner"  # the name in Python's errors where a plugin calls it with too little
+            composed = around(impl, composed)
+        return composed
 
     def _collect(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
         for impl in _impls(self._manager, hook):
