@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import subprocess
 import sys
 import tomllib
@@ -103,6 +104,28 @@ def test_a_class_is_called_as_nothing_that_its_module_has(kind: str, name: str, 
 def test_one_whose_module_needs_its_neighbours_depends_on_their_distribution() -> None:
     assert any(one.startswith("llmtk-stage-dpo") for one in new("stage", "mine", start="dpo").dependencies)
     assert not any(one.startswith("llmtk-stage-ipo") for one in new("stage", "mine", start="ipo").dependencies)
+
+
+def test_a_stage_of_a_package_with_requirements_of_all_kinds_can_be_begun_from(tmp_path: Path, monkeypatch) -> None:
+    package, metadata = tmp_path / "foo_pkg", tmp_path / "llmtk_stage_foo-1.dist-info"
+    for folder in (package, metadata):
+        folder.mkdir()
+    (package / "parts.py").write_text("SCALE = 2.0\n")
+    source = inspect.getsource(sys.modules[discovery.get_stage("sft").__module__])
+    (package / "__init__.py").write_text(source + "\nfrom .parts import SCALE\n")
+    (metadata / "entry_points.txt").write_text("[llmtk.stages]\nfoo = foo_pkg:SupervisedFineTuning\n")
+    (metadata / "RECORD").write_text("foo_pkg/__init__.py,,\n")
+    (metadata / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: llmtk-stage-foo\nVersion: 1\nSummary: Foo\nRequires-Dist: llmtk-core>=0.1\n"
+        'Requires-Dist: numpy; python_version >= "3.9"\nRequires-Dist: pytest>=8; extra == "test"\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    made = new("stage", "mine", start="foo", description="My own")
+    write(made, tmp_path / "mine")
+    wanted = ["llmtk-core>=0.1", "numpy; python_version >= '3.9'", "llmtk-stage-foo>=1.0,<2"]
+    assert project(tmp_path / "mine")["dependencies"] == wanted
+    assert "from foo_pkg.parts import SCALE" in (made.source or "")
+    assert 'summary = "My own"' in (made.source or "")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -35,6 +35,7 @@ Row = dict[str, Any]
 Need = Literal["reference", "reward", "generation"]
 RowType = Literal["text", "dialogue", "prompt_completion", "pair", "labelled", "prompt"]
 """What a row may be: `llmtk.data.rows` has a class for each."""
+Head = Literal["language", "value"]
 
 REFERENCE = "reference"
 """The name of the model that a run keeps for stages that need a reference."""
@@ -85,8 +86,9 @@ class Demo:
     """What `llmtk run STAGE` does with no configuration: rows, settings, and the figure that should improve."""
 
     train: list[dict[str, Any]]
+    """Rows to train on, as a user's file has them."""
     eval: list[dict[str, Any]]
-    """Rows as a user's file has them, to train on and to evaluate on."""
+    """Rows to evaluate on."""
     config: Mapping[str, Any]
     """The settings, in sections, as in a configuration file."""
     figure: str
@@ -242,13 +244,13 @@ class Stage:
     """Where it comes from: arXiv number or title."""
     citation: ClassVar[str] = ""
     """The same as BibTeX, for the cards of models; it may be indented as code is."""
-    row_types: ClassVar[tuple[str, ...]] = ("dialogue",)
+    row_types: ClassVar[tuple[RowType, ...]] = ("dialogue",)
     """Row types that it takes. Rows of other types are converted to the first that can be reached."""
     needs: ClassVar[frozenset[Need]] = frozenset()
     """What it needs beside the model: a reference, rewards, or completions that the policy writes."""
     honours: ClassVar[frozenset[str]] = frozenset()
     """Which of the core's optional keys it honours: `label_smoothing_factor`, ..."""
-    head: ClassVar[Literal["language", "value"]] = "language"
+    head: ClassVar[Head] = "language"
     """The head of the model that is trained: a language model's, or one of one value a token (transformers'
     sequence classification with one label), which `run.values` asks."""
     may_change: ClassVar[tuple[str, ...]] = ()

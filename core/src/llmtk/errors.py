@@ -64,7 +64,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def located(error: BaseException) -> str:
     """Return an unexpected error and its line: the last outside of llmtk, Python and what is installed, if any is."""
-    import sysconfig
+    import sysconfig  # here, since every command imports this module first
     import traceback
 
     frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith("<frozen")]

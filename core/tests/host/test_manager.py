@@ -394,6 +394,26 @@ def test_a_stage_that_ends_the_program() -> None:
     )
 
 
+def test_a_plugin_that_ends_the_program() -> None:
+    def step_finished(self, run, step):
+        raise SystemExit(0)
+
+    def compute_loss(self):
+        yield
+        raise SystemExit(0)
+
+    told_while_running(
+        lambda hooks: hooks.step_finished(None),
+        "The plugin 'other': step_finished calls sys.exit(0). Raise an error",
+        step_finished=hookimpl(step_finished),
+    )
+    told_while_running(
+        lambda hooks: hooks.compute_loss(BATCH),
+        "The plugin 'other': compute_loss calls sys.exit(0). Raise an error",
+        compute_loss=hookimpl(wrapper=True)(compute_loss),
+    )
+
+
 def test_a_wrapper_that_forgets_return() -> None:
     def compute_loss(self):
         yield

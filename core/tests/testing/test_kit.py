@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import pickle
 import re
+import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -106,6 +109,91 @@ def test_a_column_that_rows_do_not_have_is_told_with_those_that_they_have() -> N
 
     (found,) = outcomes(Asks, "loss")
     assert "'chosen_ids'" in found.message
+
+
+def test_a_key_that_no_row_was_asked_for_is_not_blamed_on_the_rows() -> None:
+    class Looks(broken.Sound):
+        def group(self, row):
+            return {"a": 1}["b"]
+
+    (found,) = outcomes(Looks, "loss")
+    assert re.match(r"it crashes: KeyError: 'b' \(test_kit\.py:\d+, in group\)", found.message)
+
+
+def test_options_that_only_a_hook_of_the_loop_or_a_dump_reads_are_not_ignored() -> None:
+    class OnlySometimes(broken.Sound):
+        class Options(broken.Sound.Options):
+            """Two more."""
+
+            decay: float = 0.9
+            """Of an average."""
+            kind: str = "a"
+            """Written into the model's folder."""
+
+        def after_update(self, run, step):
+            self.average = self.options.decay
+
+        def export_model(self, run, path):
+            super().export_model(run, path)
+            (path / "kind.txt").write_text(self.options.kind)
+
+    class Dumped(broken.IgnoredOption):
+        def prepare_batch(self, run, rows):
+            assert self.options.model_dump()
+            return super().prepare_batch(run, rows)
+
+    for stage in (OnlySometimes, Dumped):
+        (found,) = outcomes(stage, "options")
+        assert found.verdict is Verdict.PASSED, found.message
+
+
+def test_options_are_given_to_the_demo_too() -> None:
+    (found,) = outcomes(broken.Sound, "demo", options={"weight": 0.0})
+    assert found.verdict is Verdict.FAILED
+
+
+def test_a_stage_that_stops_its_runs_early_passes() -> None:
+    class Stops(broken.Sound):
+        def should_stop(self, run, step):
+            return "enough" if step.step == 2 else None
+
+    (found,) = outcomes(Stops, "resume")
+    assert found.verdict is Verdict.PASSED, found.message
+    Stops.should_stop = lambda self, run, step: "enough"
+    (found,) = outcomes(Stops, "resume")
+    assert found.verdict is Verdict.SKIPPED, found.message
+
+
+@pytest.mark.parametrize("declared", [{"row_types": None}, {"needs": None}, {"may_change": ("bta",)}, {"head": "valu"}])
+def test_a_declaration_of_no_right_kind_is_told_once(declared: dict[str, Any]) -> None:
+    found = list(outcomes(type("Declares", (broken.Sound,), declared), ["declared", "loss"]))
+    assert len(found) == 1
+    assert f" {next(iter(declared))}" in found[0].message
+
+
+def test_a_file_that_checks_its_stage_as_it_is_imported_starts_no_processes_without_end(tmp_path: Path) -> None:
+    file = tmp_path / "script.py"
+    stage = Path(broken.__file__)
+    file.write_text(
+        f"import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('broken', {str(stage)!r})\n"
+        f"broken = sys.modules['broken'] = importlib.util.module_from_spec(spec)\n"
+        f"spec.loader.exec_module(broken)\n"
+        f"class Mine(broken.Sound): pass\n"
+        f"from llmtk.testing import check_stage\n"
+        f"open({str(tmp_path / 'imported')!r}, 'a').write('x')\n"
+        f"check_stage(Mine, 'ranks')\n"
+    )
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True, check=False)
+    assert 'if __name__ == "__main__":' in done.stderr
+    assert len((tmp_path / "imported").read_text()) <= 3
+
+
+def test_a_class_that_stands_in_no_file_has_no_ranks_to_compare(monkeypatch) -> None:
+    typed = types.ModuleType("typed")
+    monkeypatch.setitem(sys.modules, "typed", typed)
+    (found,) = outcomes(type("Typed", (broken.Sound,), {"__module__": "typed"}), "ranks")
+    assert (found.verdict, "in no file" in found.message) == (Verdict.SKIPPED, True)
     assert "input_ids, targets" in found.mend
 
 
@@ -157,11 +245,23 @@ def test_a_pickle_is_known_whatever_it_is_called(tmp_path: Path, protocol: int) 
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\n", b"2", b"I am a note.\n", b'{"N": 1}', b"\x8e\0\0\0\0\0\0\0{", b"N.\nmore"]
+    "content", [b"", b"\n", b"2.", b"0000.", b"I am a note.\n", b'{"N": 1}', b"\x8e\0\0\0\0\0\0\0{", b"N.\nmore"]
 )
 def test_what_is_no_pickle_is_taken_for_none(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "data").write_bytes(content)
-    assert not _is_pickle(tmp_path / "data")
+    (tmp_path / "data.bin").write_bytes(content)
+    assert not _is_pickle(tmp_path / "data.bin")
+
+
+def test_arrays_of_objects_are_pickles(tmp_path: Path) -> None:
+    np.save(tmp_path / "plain.npy", np.ones(3))
+    np.savez(tmp_path / "plain.npz", one=np.ones(3))
+    np.save(tmp_path / "objects.npy", np.array({"weight": 1}))
+    np.savez(tmp_path / "objects.npz", one=np.array([{}, "a"], dtype=object))
+    torch.save({"x": torch.ones(1)}, tmp_path / "weights")
+    torch.save({"x": torch.ones(1)}, tmp_path / "old", _use_new_zipfile_serialization=False)
+    assert [file.name for file in sorted(tmp_path.iterdir()) if _is_pickle(file)] == [
+        "objects.npy", "objects.npz", "old", "weights",
+    ]  # fmt: skip
 
 
 def test_another_process_finds_a_class_by_its_module_or_its_file(monkeypatch, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from pydantic import Field
 from safetensors.torch import load_file
 
 from llmtk import ConfigurationError, LlmtkError, LossOutput, Run, Section, Term, get_stage, hookimpl, load
@@ -424,10 +425,13 @@ def test_what_a_demo_had_to_give_is_named_for_the_user_s_own_run(tmp_path, capsy
             """What judges."""
             beta: float = 0.1
             """How much."""
+            cap: float | None = Field(None, alias="limit")
+            """How much at most."""
 
         def demo(self):
             rows = [{"text": "some text"}] * 4
-            config = {"train": {"max_steps": 1, "bf16": False}, "lm": {"judges": ["length"], "beta": 0.2}}
+            own = {"judges": ["length"], "beta": 0.2, "limit": 3.0}
+            config = {"train": {"max_steps": 1, "bf16": False}, "lm": own}
             return Demo(rows, rows, config, "nothing", lambda run: 0.0)
 
     Run(Rewarded, output_dir=str(tmp_path)).train()

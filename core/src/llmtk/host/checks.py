@@ -16,7 +16,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, get_args
 
 from llmtk.config.sections import Section
-from llmtk.contract import API, Need, RowType, Stage
+from llmtk.contract import API, Head, Need, RowType, Stage
 from llmtk.errors import PluginError, suggest
 from llmtk.host.hookspecs import HOOKS, PROJECT, SPECS, STAGE_HOOKS
 
@@ -113,23 +113,35 @@ def _check_api(cls: type[Stage], subject: str, distribution: str) -> None:
 
 
 def _check_values(cls: type[Stage], subject: str) -> None:
-    """Refuse row types, needs and keys that there are not: one that is misspelt would never be met."""
+    """Refuse what is declared and is none of what there is: what is misspelt would never be met."""
     from llmtk.config.run_config import OPTIONAL_KEYS
 
+    options = [field.alias or name for name, field in cls.Options.model_fields.items()]
     for declaration, known in (
         ("row_types", list(get_args(RowType))),
         ("needs", list(get_args(Need))),
         ("honours", sorted(OPTIONAL_KEYS)),
+        ("may_change", options),
+        ("once", options),
     ):
         given = getattr(cls, declaration)
         if isinstance(given, str):
             raise PluginError(
                 f"The {subject} has {declaration} = {given!r}, one word and no tuple. Write ({given!r},)."
             )
+        if not isinstance(given, tuple | list | set | frozenset):
+            raise PluginError(f"The {subject} has {declaration} = {given!r}. Write a tuple of words.")
         for name in given:
             if name not in known:
                 near = suggest(str(name), known)
-                raise PluginError(f"The {subject} has {name!r} in {declaration}.{near} Known: {', '.join(known)}.")
+                raise PluginError(
+                    f"The {subject} has {name!r} in {declaration}.{near} Known: {', '.join(known) or 'none'}."
+                )
+    if not cls.row_types:
+        raise PluginError(f"The {subject} takes no row type. Known: {', '.join(get_args(RowType))}.")
+    if cls.head not in (heads := get_args(Head)):
+        near = suggest(str(cls.head), heads)
+        raise PluginError(f"The {subject} has head = {cls.head!r}.{near} Known: {', '.join(heads)}.")
 
 
 def _check_stage_hook(name: str, attribute: object, subject: str) -> None:

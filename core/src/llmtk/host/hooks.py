@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from llmtk.contract import Data, Models, Row, RunView
     from llmtk.training.events import Evaluation, Plan, StepReport
 
+    Prepare = Callable[[list[Row]], Round]
+    Loss = Callable[[Batch], LossOutput]
+
 
 class Hooks:
     """One run's hooks. Every call names the run, so that plugins need keep no reference to it."""
@@ -25,8 +28,8 @@ class Hooks:
         self._manager = manager
         self._run = run
         self._call = manager.hook
-        self._prepare: Callable[[list[Row]], Round] = self._around("prepare_batch", "rows")
-        self._loss: Callable[[Batch], LossOutput] = self._around("compute_loss", "batch")
+        self._prepare = self._prepare_around()
+        self._loss = self._loss_around()
 
     # Stage hooks
 
@@ -143,18 +146,35 @@ class Hooks:
         """Say whether anybody answers a hook, so that ranks need not talk about what nobody says."""
         return bool(getattr(self._call, hook).get_hookimpls())
 
-    def _around(self, hook: str, argument: str) -> Callable[[Any], Any]:
-        def stage(value: Any) -> Any:
-            return getattr(self._call, hook)(run=self._run, **{argument: value})
+    def _prepare_around(self) -> Prepare:
+        def inner(rows: list[Row]) -> Round:
+            return self._call.prepare_batch(run=self._run, rows=rows)  # type: ignore[no-any-return]
 
-        def around(impl: pluggy.HookImpl, inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
-            return lambda value: _invoke(impl, run=self._run, inner=inner, **{argument: value})
-
-        composed: Callable[[Any], Any] = stage
-        for impl in _impls(self._manager, f"around_{hook}"):
-            composed.__qualname__ = "inner"  # the name in Python's errors where a plugin calls it with too little
-            composed = around(impl, composed)
+        composed: Prepare = inner
+        for impl in _impls(self._manager, "around_prepare_batch"):
+            composed = self._prepare_through(impl, composed)
         return composed
+
+    def _prepare_through(self, impl: pluggy.HookImpl, within: Prepare) -> Prepare:
+        def inner(rows: list[Row]) -> Round:
+            return _invoke(impl, run=self._run, rows=rows, inner=within)  # type: ignore[no-any-return]
+
+        return inner
+
+    def _loss_around(self) -> Loss:
+        def inner(batch: Batch) -> LossOutput:
+            return self._call.compute_loss(run=self._run, batch=batch)  # type: ignore[no-any-return]
+
+        composed: Loss = inner
+        for impl in _impls(self._manager, "around_compute_loss"):
+            composed = self._loss_through(impl, composed)
+        return composed
+
+    def _loss_through(self, impl: pluggy.HookImpl, within: Loss) -> Loss:
+        def inner(batch: Batch) -> LossOutput:
+            return _invoke(impl, run=self._run, batch=batch, inner=within)  # type: ignore[no-any-return]
+
+        return inner
 
     def _collect(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
         for impl in _impls(self._manager, hook):

@@ -106,9 +106,9 @@ def _check_single(manager: pluggy.PluginManager) -> None:
 
 
 def _guard(manager: pluggy.PluginManager, stage_name: str) -> None:
-    """Put a guard around each implementation whose answer matters, since pluggy drops None in silence."""
+    """Put a guard around each implementation: pluggy drops None in silence, and lets SystemExit end the program."""
     answers = _answers()
-    for hook in MUST_ANSWER | answers.keys():
+    for hook in HOOKS:
         for impl in getattr(manager.hook, hook).get_hookimpls():
             kind = "stage" if impl.plugin_name == stage_name else "plugin"
             guard = _Guard(f"The {kind} {impl.plugin_name!r}", hook, answers.get(hook, object))
@@ -137,7 +137,7 @@ def _answers() -> dict[str, Answer]:
 
 
 class _Guard:
-    """Checks the answers of one implementation of one hook."""
+    """Checks the answers of one implementation of one hook, and keeps it from ending the program."""
 
     def __init__(self, subject: str, hook: str, answer: Answer) -> None:
         self.subject, self.hook, self.answer = subject, hook, answer
@@ -149,10 +149,8 @@ class _Guard:
         def guarded(*args: Any, **kwargs: Any) -> Any:
             try:
                 answer = function(*args, **kwargs)
-            except SystemExit as error:  # the program would end as if all were well
-                raise PluginError(
-                    f"{self.subject}: {self.hook} calls sys.exit({error.code!r}). Raise an error that says why."
-                ) from error
+            except SystemExit as error:
+                raise self.exit(error) from error
             return self.check(answer)
 
         return guarded
@@ -167,6 +165,8 @@ class _Guard:
                 next(generator)
             except StopIteration:
                 raise PluginError(f"{self.subject}: {self.hook} did not yield, so nothing was run.") from None
+            except SystemExit as error:
+                raise self.exit(error) from error
             try:
                 try:
                     inner = yield
@@ -176,9 +176,15 @@ class _Guard:
                     generator.send(inner)
             except StopIteration as stop:
                 return self.check(stop.value)
+            except SystemExit as error:
+                raise self.exit(error) from error
             raise PluginError(f"{self.subject}: {self.hook} yields more than once.")
 
         return guarded
+
+    def exit(self, error: SystemExit) -> PluginError:
+        """Return what to raise in place of an exit, with which the program would end as if all were well."""
+        return PluginError(f"{self.subject}: {self.hook} calls sys.exit({error.code!r}). Raise an error that says why.")
 
     def check(self, answer: Any) -> Any:
         """Return the answer, or raise PluginError for None (where the hook must answer) and for a wrong type."""

@@ -98,10 +98,10 @@ def say_result(run: Run, result: Result) -> None:
 
 
 def _without_default(run: Run) -> list[str]:
-    """Return the stage's options that its demo had to give, since by themselves they are empty."""
-    given = run.demo.config.get(run.stage_name, {}) if run.demo else {}
-    fields = type(run.stage.options).model_fields
-    return [name for name in given if fields[name].get_default(call_default_factory=True) in (None, [], {}, ())]
+    """Return the stage's options that its demo had to give, since by themselves they are empty lists or the like."""
+    given = (run.demo.config.get(run.stage_name) if run.demo else None) or {}
+    fields = {field.alias or name: field for name, field in type(run.stage.options).model_fields.items()}
+    return [key for key in given if fields[key].get_default(call_default_factory=True) in ([], {}, ())]
 
 
 def model_name(run: Run) -> str:

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from importlib.resources import files
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,7 +102,7 @@ def new(kind: str, name: str, *, start: str | None = None, description: str | No
     needed = [_compatible(distribution, discovery.core_version()) for distribution in one.needs]
     made = New(one, name, one.description, _class_name(one, name), needed)
     made = made if start is None else _from_stage(made, start)
-    return made if description is None else replace(made, description=_checked(description))
+    return made if description is None else _described(made, _checked(description))
 
 
 def _class_name(kind: Kind, name: str) -> str:
@@ -119,6 +120,13 @@ def _checked(description: str) -> str:
             f"{description!r} is no description: one line of text, without double quotes and backslashes"
         )
     return text
+
+
+def _described(made: New, text: str) -> New:
+    """Return it with this description, which the class of a stage that it began from says too."""
+    summary = r"^(\s+summary = ).*$"
+    source = made.source and re.sub(summary, lambda found: f'{found[1]}"{text}"', made.source, flags=re.MULTILINE)
+    return replace(made, description=text, source=source)
 
 
 def write(made: New, folder: Path) -> list[Path]:
@@ -170,8 +178,11 @@ def _template(name: str) -> str:
 def _from_stage(made: New, start: str) -> New:
     """Begin with an installed stage's module: its text, under the new name."""
     cls, offer = discovery.get_stage(start), discovery.find(discovery.STAGES, start)
-    source = _renamed(inspect.getsource(sys.modules[cls.__module__]), start, made.name, cls.Options.model_fields)
-    dependencies = {_project(one): one for one in (metadata.requires(offer.distribution) or ())}
+    module = sys.modules[cls.__module__]
+    source = _renamed(inspect.getsource(module), start, made.name, cls.Options.model_fields)
+    source = _absolute(source, module.__package__ or "")
+    required = [one for one in (metadata.requires(offer.distribution) or ()) if not re.search(r"\bextra\s*==", one)]
+    dependencies = {_project(one): one.replace('"', "'") for one in required}
     if _imports_neighbours(cls, source, offer.distribution):
         dependencies[offer.distribution] = _compatible(offer.distribution, offer.version)
     description = f"{offer.summary}, begun from {start}"
@@ -179,7 +190,10 @@ def _from_stage(made: New, start: str) -> New:
 
 
 def _renamed(source: str, start: str, name: str, options: Iterable[str]) -> str:
-    """Return a module's text in which the section of a stage is called `name`; a loss that is called alike stays."""
+    """Return a module's text in which the section of a stage is called `name`.
+
+    By the places where sections are named: of what else is called alike, such as a loss, most stays as it is.
+    """
     quoted = f'"{re.escape(start)}"'
     for place in (
         rf"(^\s+(?:name|section|name = section) = ){quoted}",
@@ -191,6 +205,12 @@ def _renamed(source: str, start: str, name: str, options: Iterable[str]) -> str:
     return re.sub(rf"\b{re.escape(start)}\.(?={named})", f"{name}.", source)
 
 
+def _absolute(source: str, package: str) -> str:
+    """Return a module's text whose relative imports name the package that it was in."""
+    relative = r"^(\s*from )(\.+[\w.]*)(?= import\b)"
+    return re.sub(relative, lambda found: found[1] + resolve_name(found[2], package), source, flags=re.MULTILINE)
+
+
 def _imports_neighbours(cls: type[Stage], source: str, distribution: str) -> bool:
     """Say whether a module needs others of its distribution."""
     own = {module for module, names in metadata.packages_distributions().items() if distribution in names}
@@ -198,7 +218,7 @@ def _imports_neighbours(cls: type[Stage], source: str, distribution: str) -> boo
     if home.name not in ("site-packages", "dist-packages"):  # an editable installation lists no modules
         own |= {file.stem for file in home.glob("*.py")}
     imported = set(re.findall(r"^\s*(?:from|import) (\w+)", source, flags=re.MULTILINE))
-    return bool((own - {cls.__module__.partition(".")[0]}) & imported)
+    return bool((own - {cls.__module__}) & imported)
 
 
 def _project(requirement: str) -> str:
@@ -207,6 +227,6 @@ def _project(requirement: str) -> str:
 
 def _compatible(distribution: str, version: str) -> str:
     """Return the range of versions that a distribution made today works with: 0.3.1 gives >=0.3,<0.4."""
-    major, minor = [int(part) for part in re.findall(r"\d+", version)[:2]]
+    major, minor, *_ = [*map(int, re.findall(r"\d+", version)), 0, 0]
     above = f"{major}.{minor + 1}" if major == 0 else f"{major + 1}"
     return f"{distribution}>={major}.{minor},<{above}"

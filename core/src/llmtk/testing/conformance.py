@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -131,7 +132,13 @@ def outcomes(
     They end with the first that fails where the stage's class cannot be loaded, or is refused as it is.
     """
     from llmtk.testing.trial import Trial
+    from llmtk.testing.two_ranks import WORKER
 
+    if WORKER in os.environ:  # else two processes would start two each, and so on
+        raise ConfigurationError(
+            "The file of the stage calls check_stage as it is imported, and two ranks import it to find the class. Put "
+            'the call below `if __name__ == "__main__":`, or into a test'
+        )
     wanted = _wanted(checks)
     told: dict[str, str] = {}  # what failed, by what was said of it: one crash fails many checks
     with tempfile.TemporaryDirectory(prefix="llmtk-check-") as folder, contextlib.ExitStack() as stack:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import pickle
 import pickletools
 import zipfile
 from collections.abc import Iterable
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from llmtk.errors import CheckpointError
@@ -29,9 +31,9 @@ EVALUATED: dict[str, Any] = SAVED | {"eval_strategy": "steps", "eval_steps": STE
 """With an evaluation, in whose last window one of two ranks has no row."""
 TWO = "two-ranks"
 """The folder of the run on two ranks."""
-PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
-PROTO = b"\x80"
+PROTOCOLS = tuple(bytes([0x80, version]) for version in range(2, pickle.HIGHEST_PROTOCOL + 1))
 """How a pickle of protocol 2 or later begins. Older ones have no mark, and are known by being nothing else."""
+NUMPY = b"\x93NUMPY"
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -81,6 +83,9 @@ def resume(trial: Trial) -> None:
     saved: dict[str, Any] = {"max_steps": steps, "save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
     whole = trial.run(folder=trial.folder / "resumed", **saved)
     whole.train()
+    steps = whole.state.step  # fewer, if the stage stops its runs
+    if steps < 2:
+        raise NotApplicable("it stops after the first step")
     wanted, lines = weights(whole), (whole.output_dir / "metrics.jsonl").read_text()
     for step in sorted({steps - 1, 1}, reverse=True):
         from_step = checkpoints.path_of(whole.checkpoints, step)
@@ -119,27 +124,40 @@ def files(trial: Trial) -> None:
 
 
 def _is_pickle(file: Path) -> bool:
-    if file.suffix in PICKLED:
-        return True
     if zipfile.is_zipfile(file):
-        return any(name.endswith(".pkl") for name in zipfile.ZipFile(file).namelist())
-    content = BytesIO(file.read_bytes())
-    try:  # not by its first bytes alone: the header of a safetensors file may be as long as they say
-        *_, (last, _, _) = pickletools.genops(content)
+        with zipfile.ZipFile(file) as parts:
+            return any(name.endswith(".pkl") or _has_pickle(parts.read(name)) for name in parts.namelist())
+    return _has_pickle(file.read_bytes())
+
+
+def _has_pickle(content: bytes) -> bool:
+    if content.startswith(NUMPY):
+        return _holds_objects(content)
+    marked = content[:2] in PROTOCOLS
+    if marked and content[8:9] != b"{":  # as a safetensors file may begin, by the length of its header
+        return True
+    stream = BytesIO(content)
+    try:
+        pickletools.dis(stream, StringIO())
     except ValueError:
         return False
-    marked = content.getvalue().startswith(PROTO)
-    return last.name == "STOP" and (marked or not content.read())
+    return marked or not stream.read()
+
+
+def _holds_objects(content: bytes) -> bool:
+    try:
+        np.load(BytesIO(content), allow_pickle=False)
+    except ValueError:
+        return True
+    return False
 
 
 def two_ranks(trial: Trial) -> TwoRanks:
     """Return the two ranks, which train beside whatever else is checked, from the first call on."""
     if not torch.distributed.is_gloo_available():
         raise NotApplicable("torch has no gloo here")
-    if not isinstance(trial.given, str) and "<locals>" in trial.stage_class.__qualname__:
-        raise NotApplicable("a class that stands in a function cannot be found by another process")
+    given = trial.given if isinstance(trial.given, str) else where(trial.given)
     if trial.two_ranks is None:
-        given = trial.given if isinstance(trial.given, str) else where(trial.given)
         asked = {"stage": given, "options": trial.asked_options, "rows": trial.asked_rows}
         train = EVALUATED | {"per_device_train_batch_size": ROWS // 2}
         spec = trial.folder / "two-ranks.json"
@@ -181,7 +199,8 @@ def _trained(folder: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """Return these weights as the last checkpoint has them."""
     from safetensors.torch import load_file
 
-    found = load_file(checkpoints.path_of(folder / "checkpoints", STEPS) / "weights.safetensors")
+    _, path = checkpoints.list_checkpoints(folder / "checkpoints")[-1]
+    found = load_file(path / "weights.safetensors")
     return {name: found[name] for name in names}
 
 
@@ -227,5 +246,6 @@ def _figures(trial: Trial, train: dict[str, int]) -> tuple[float, float]:
     """Run the demo, and return its figure before and after."""
     from llmtk.run import Run
 
-    result = Run(trial.given, output_dir=str(trial.new_folder()), train=train).train()
+    own: dict[str, Any] = {trial.name: trial.asked_options} if trial.asked_options else {}
+    result = Run(trial.given, output_dir=str(trial.new_folder()), train=train, **own).train()
     return result.metrics["figure_before"], result.metrics["figure_after"]

@@ -18,11 +18,10 @@ import torch
 
 from llmtk.config.reading import merge
 from llmtk.contract import Demo, Stage
-from llmtk.errors import PluginError
 from llmtk.host.checks import check_stage
 from llmtk.host.discovery import get_stage
 from llmtk.run import Run
-from llmtk.testing.conformance import Failure
+from llmtk.testing.conformance import Failure, NotApplicable
 from llmtk.training.micro_batches import MicroBatch
 from llmtk.training.tally import WindowTally, objective
 
@@ -109,7 +108,7 @@ class Trial:
         """Whether there is a class, and one that a run would take."""
         try:
             check_stage(self.stage_class, f"stage {self.name!r}")
-        except PluginError:
+        except Exception:  # of a declaration that is not even of the right kind
             return False
         return True
 
@@ -140,6 +139,8 @@ class Trial:
         if self.asked_rows is not None:
             return self.asked_rows, self.asked_rows[: ROWS + 1]
         if self.demo is not None:
+            if not (self.demo.train and self.demo.eval):
+                raise Failure("its demo has no rows to train on, or none to evaluate on", "Give both in demo().")
             return self.demo.train[: 3 * ROWS], self.demo.eval[: ROWS + 1]
         for row_type in self.stage_class.row_types:
             if row_type in SAMPLES:
@@ -185,17 +186,18 @@ class Trial:
 
     def round_of(self, run: Run) -> Round:
         """Prepare a global batch, and leave the run's generators as they were."""
-        rows = [run.train_rows[index] for index in range(min(ROWS, len(run.train_rows)))]
-        with run.randomness.aside("check"):
-            try:
-                return run.hooks.prepare_batch(rows)
-            except KeyError as error:
-                if error.args[0] in rows[0]:
-                    raise
+        row_types = self.stage_class.row_types
+
+        class Row(dict[str, Any]):
+            def __missing__(self, key: object) -> Any:
                 raise Failure(
-                    f"it asks a row for {error}, which it does not have",
-                    f"A row has {', '.join(rows[0])}, since row_types is {self.stage_class.row_types}.",
-                ) from error
+                    f"it asks a row for {key!r}, which it does not have",
+                    f"A row has {', '.join(self)}, since row_types is {row_types}.",
+                )
+
+        rows: list[dict[str, Any]] = [Row(run.train_rows[index]) for index in range(min(ROWS, len(run.train_rows)))]
+        with run.randomness.aside("check"):
+            return run.hooks.prepare_batch(rows)
 
 
 def measure(run: Run, window: Batch, parts: Sequence[Sequence[int]] | None = None) -> Measured:
@@ -231,7 +233,15 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def where(stage: type[Stage]) -> tuple[str, str, str]:
     """Return the file, the module and the name of a stage's class, by which another process finds it."""
-    return str(inspect.getsourcefile(stage)), stage.__module__, stage.__qualname__
+    if "<locals>" in stage.__qualname__:
+        raise NotApplicable("a class that stands in a function cannot be found by another process")
+    try:
+        file = inspect.getsourcefile(stage)
+    except TypeError:  # typed in, not written
+        file = None
+    if file is None or not Path(file).is_file():
+        raise NotApplicable("a class that stands in no file cannot be found by another process")
+    return file, stage.__module__, stage.__qualname__
 
 
 def find(file: str, module: str, name: str) -> type[Stage]:

@@ -17,6 +17,8 @@ LIMIT = 300
 """Seconds after which they are taken to hang."""
 ENDING = 5
 """Seconds that they have to end when they are told to."""
+WORKER = "LLMTK_CHECK_WORKER"
+"""Set in the environment of a worker, which starts none."""
 
 
 class TwoRanks:
@@ -30,6 +32,7 @@ class TwoRanks:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment |= {"MASTER_ADDR": LOCAL, "MASTER_PORT": str(free_port())}
         environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(RANKS))
+        environment[WORKER] = "1"
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # what this process can import, they can
         if sys.platform == "linux":
             environment["GLOO_SOCKET_IFNAME"] = "lo"

@@ -175,6 +175,6 @@ class Forward:
 
 
 def _width(root: nn.Module) -> int:
-    """Return how many numbers a token's hidden state has; 0 of a root that is not transformers'."""
+    """Return how many numbers a token's hidden state has; 0 where the root's configuration does not say."""
     config: Any = getattr(root, "config", None)
-    return int(config.get_text_config().hidden_size) if hasattr(config, "get_text_config") else 0
+    return getattr(config.get_text_config(), "hidden_size", 0) if hasattr(config, "get_text_config") else 0
