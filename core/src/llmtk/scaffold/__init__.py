@@ -218,7 +218,8 @@ def _imports_neighbours(cls: type[Stage], source: str, distribution: str) -> boo
     if home.name not in ("site-packages", "dist-packages"):  # an editable installation lists no modules
         own |= {file.stem for file in home.glob("*.py")}
     imported = set(re.findall(r"^\s*(?:from|import) (\w+)", source, flags=re.MULTILINE))
-    return bool((own - {cls.__module__}) & imported)
+    alone = {cls.__module__} if not sys.modules[cls.__module__].__package__ else set()
+    return bool((own - alone) & imported)
 
 
 def _project(requirement: str) -> str:
