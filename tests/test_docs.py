@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import json
@@ -68,6 +69,30 @@ def test_every_command_has_its_help_on_a_page(pages: dict[str, str]) -> None:
 def test_every_name_of_the_package_is_on_a_page() -> None:
     told = re.findall(r"^::: llmtk\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
     assert sorted(told) == sorted(set(llmtk.__all__) - {"__version__"})
+
+
+def imported(package: Path) -> dict[str, set[str]]:
+    """Return what each part of the core imports as it is loaded, by the first word of its path."""
+    found: dict[str, set[str]] = {}
+    for file in package.rglob("*.py"):
+        part = file.relative_to(package).parts[0].removesuffix(".py")
+        modules = {module for statement in ast.parse(file.read_text()).body for module in _modules(statement)}
+        found.setdefault(part, set()).update(module.split(".")[1] for module in modules if module.startswith("llmtk."))
+    return {part: names - {part, "errors", "_version"} for part, names in found.items()}
+
+
+def _modules(statement: ast.stmt) -> list[str]:
+    if isinstance(statement, ast.ImportFrom) and statement.module == "llmtk":
+        return [f"llmtk.{name.name}" for name in statement.names]
+    return [statement.module or ""] if isinstance(statement, ast.ImportFrom) else []
+
+
+def test_the_architecture_says_what_imports_what() -> None:
+    rows = re.findall(r"^\| `(\w+)(?:\.py|/)` \|.*\| (.*?) ?\|$", (DOCS / "architecture.md").read_text(), re.MULTILINE)
+    told = {part: set(names.split(", ")) - {""} for part, names in rows}
+    package = Path(llmtk.__file__).parent
+    left_out = {"__init__", "__main__", "_version", "errors", "pytest_plugin"}
+    assert told == {part: names for part, names in imported(package).items() if part not in left_out}
 
 
 def test_the_loop_by_hand_is_the_one_that_is_measured() -> None:

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from llmtk.cli import call
-from llmtk.cli.ports import free_port
 from llmtk.config.reading import read_file
 from llmtk.data import read_rows
 from llmtk.demo import addition
+from llmtk.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"

@@ -22,10 +22,10 @@ import pytest
 import torch
 
 from llmtk.cli import call
-from llmtk.cli.ports import LOCAL, free_port
 from llmtk.folder import RunFolder
 from llmtk.inference import serving
 from llmtk.pipeline import Pipeline
+from llmtk.ports import LOCAL, free_port
 
 PAGE = (Path(__file__).parents[1] / "docs" / "story.md").read_text()
 FILES = dict(re.findall(r"^```(?:python|yaml)\n# (\S+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))

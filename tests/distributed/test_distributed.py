@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from llmtk.cli.ports import free_port
+from llmtk.ports import free_port
 from llmtk.training.zero import missing
 
 WORKER = Path(__file__).with_name("worker.py")

@@ -36,6 +36,7 @@ Need = Literal["reference", "reward", "generation"]
 RowType = Literal["text", "dialogue", "prompt_completion", "pair", "labelled", "prompt"]
 """What a row may be: `llmtk.data.rows` has a class for each."""
 Head = Literal["language", "value"]
+"""What a model's head gives: logits over the vocabulary, or one value (transformers' sequence classification)."""
 
 REFERENCE = "reference"
 """The name of the model that a run keeps for stages that need a reference."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtk.cli.ports import free_port
 from llmtk.generation import Sampling, generate
+from llmtk.ports import free_port
 
 from .kit import SHARES, WRAPPED, flat, logps_of
 

@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from llmtk import ConfigurationError, load
-from llmtk.cli.ports import LOCAL, check_port, free_port
 from llmtk.cli.serve import _how_to_ask as how_to_ask
 from llmtk.demo import addition
 from llmtk.inference import LanguageModel, serving
 from llmtk.models.saving import save_model
+from llmtk.ports import LOCAL, check_port, free_port
 
 QUESTIONS = [problem.prompt for problem in addition.problems("held-out", 3)]
 Llmtk = Callable[..., tuple[int, str, str]]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtk.cli.ports import free_port
+from llmtk.ports import free_port
 
 WORKER = Path(__file__).with_name("ranks.py")
 CASES = [

@@ -8,8 +8,8 @@ import sys
 
 import click
 
-from llmtk.cli.ports import LOCAL, check_port, free_port
 from llmtk.errors import ConfigurationError
+from llmtk.ports import LOCAL, check_port, free_port
 
 PORT = 29500
 

@@ -104,6 +104,6 @@ def _check_processes(processes: int) -> None:
 
 def _launched(processes: int) -> list[str]:
     from llmtk.cli.launch import launcher
-    from llmtk.cli.ports import LOCAL, free_port
+    from llmtk.ports import LOCAL, free_port
 
     return launcher(processes, 1, 0, LOCAL, free_port())

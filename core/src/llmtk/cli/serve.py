@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llmtk.cli.ports import LOCAL, check_port
 from llmtk.errors import LlmtkError
+from llmtk.ports import LOCAL, check_port
 
 if TYPE_CHECKING:
     from llmtk.inference.serving import Served

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from llmtk.errors import ConfigurationError
 from llmtk.models.errors import quietly, summary
-from llmtk.models.loading import VALUE_TASK, seeded, trained_in_float32
+from llmtk.models.loading import VALUE_TASK, trained_in_float32
 from llmtk.scoring import value_head
+from llmtk.seeding import seeded
 
 if TYPE_CHECKING:
     from peft import PeftModel

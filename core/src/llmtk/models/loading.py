@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -27,18 +27,17 @@ from llmtk.models.freezing import freeze_parts
 from llmtk.models.tokenizers import stop_token_ids
 from llmtk.scoring import value_head
 from llmtk.scoring.value_head import HEADS
+from llmtk.seeding import seeded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmtk.config.sections import ModelConfig
+    from llmtk.contract import Head
 
 
-Head = Literal["language", "value"]
-"""What a model's head gives: logits over the vocabulary, or one value (transformers' sequence classification)."""
 CLASSIFIES = "ForSequenceClassification"
 VALUE_TASK = "SEQ_CLS"
 """What peft calls an adapter on such a model."""
@@ -95,14 +94,6 @@ def load_model(
         _check_not_quantised(model, config)
         freeze_parts(model, config)
     return model
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw from ``seed`` inside the block, on the CPU, and leave torch's global generators as they were."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the GPUs' generators too
-        yield
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -25,18 +25,18 @@ from llmtk.models.loading import (
     head_of,
     head_of_adapter,
     pretrained,
-    seeded,
     set_padding,
 )
 from llmtk.models.merging import merge_adapter
 from llmtk.models.tokenizers import load_tokenizer
+from llmtk.seeding import seeded
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmtk.models.loading import Head
+    from llmtk.contract import Head
 
 
 def save_model(

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from llmtk.batch import Batch, Group, Sequence
-from llmtk.models.loading import seeded
 from llmtk.scoring import packed, padded, router, value_head, values
 from llmtk.scoring.packed import CannotPack
+from llmtk.seeding import seeded
 
 SMALL = 8
 """What windows, chunks and original position counts are shrunk to in the twin."""

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from llmtk.cli.ports import LOCAL, free_port
+from llmtk.ports import LOCAL, free_port
 from llmtk.testing.conformance import Failure
 
 RANKS = 2
