@@ -233,6 +233,14 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path):
     assert_same_run(long, parts)
 
 
+def test_a_run_that_goes_on_with_more_steps_follows_the_longer_schedule_at_once(tmp_path):
+    settings = {"lr_scheduler_type": "linear", "learning_rate": 0.06, "logging_steps": 1}
+    make(tmp_path / "run", max_steps=4, **settings).train()
+    longer = make(tmp_path / "run", max_steps=6, resume="auto", **settings)
+    longer.train()
+    assert series(longer, "learning_rate")[-2:] == pytest.approx([0.02, 0.01], rel=1e-12)
+
+
 class Counter:
     """Keeps a number, a tensor and a list."""
 

@@ -222,6 +222,14 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps
         ) from error
 
 
+def follow(scheduler: Any) -> None:
+    """Set the learning rates of the schedule's step: a resumed run may have more steps than the one that saved them."""
+    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        scales = [scale(scheduler.last_epoch) for scale in scheduler.lr_lambdas]
+        for group, base, scale in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scales, strict=True):
+            group["lr"] = base * scale
+
+
 def warmup_steps(config: TrainConfig, steps: int) -> int:
     """Return in how many of a run's steps the learning rate rises."""
     return config.warmup_steps or math.ceil(config.warmup_ratio * steps)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmtk.errors import CheckpointError, ConfigurationError
-from llmtk.training import checkpoints
+from llmtk.training import checkpoints, optimizers
 from llmtk.training.order import Cursor
 from llmtk.training.state import TrainState, round_from_state, round_to_state
 
@@ -51,6 +51,7 @@ def restore(run: Run, path: Path) -> None:
         checkpoints.load_weights(path / f"frozen-{name}.safetensors", run.frozen[name], frozen_too=True)
     run.backend.load_optimizer(path / "optimizer.safetensors", saved["optimizer"])
     run.scheduler.load_state_dict(saved["scheduler"])
+    optimizers.follow(run.scheduler)
     if run.backend.accelerator.scaler is not None and saved["scaler"]:
         run.backend.accelerator.scaler.load_state_dict(saved["scaler"])
     run.state = TrainState.from_json(saved["state"])
