@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmtk import ConfigurationError
+from llmtk import ConfigurationError, Group, Round, Sequence
 from llmtk.testing import CHECKS, ConformanceError, Verdict, check_stage, outcomes, two_ranks
 from llmtk.testing.training import BRIEF, _is_pickle
 from llmtk.testing.trial import find
@@ -146,6 +146,26 @@ def test_options_that_only_a_hook_of_the_loop_or_a_dump_reads_are_not_ignored() 
     for stage in (OnlySometimes, Dumped):
         (found,) = outcomes(stage, "options")
         assert found.verdict is Verdict.PASSED, found.message
+
+
+@pytest.mark.parametrize(("learnt", "verdict"), [(True, Verdict.PASSED), (False, Verdict.FAILED)])
+def test_the_stop_token_that_a_policy_writes_is_to_be_a_target(learnt: bool, verdict: Verdict) -> None:
+    class Writes(broken.Sound):
+        row_types = ("prompt",)
+        needs = frozenset({"generation"})
+
+        def prepare_batch(self, run, rows):
+            (stop, *_) = run.sampling().stop_tokens
+            return Round.of([self.written(row, stop) for row in rows])
+
+        def written(self, row, stop):
+            targets = [False] * len(row["prompt_ids"]) + [True, learnt]
+            return Group(
+                [Sequence([*row["prompt_ids"], 65, stop], targets)], {"tokens": sum(targets)}, place=row["place"]
+            )
+
+    (found,) = outcomes(Writes, "stop", rows=[{"prompt": f"{n}"} for n in range(24)])
+    assert found.verdict is verdict, found.message
 
 
 def test_options_are_given_to_the_demo_too() -> None:

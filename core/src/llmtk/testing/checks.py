@@ -404,11 +404,24 @@ def stop(trial: Trial) -> None:
     run = trial.set_up()
     rows = [run.train_rows[index] for index in range(min(8, len(run.train_rows)))]
     stops = set(run.sampling().stop_tokens)
+    if "generation" in trial.stage_class.needs:
+        _check_written(trial.round_of(run).windows, torch.tensor(sorted(stops)))
+        return
     if not any(_targets(row) & stops for row in rows):
         raise NotApplicable("its rows hold no stop token as a target")
     batch = trial.round_of(run).windows[0]
     if not set(batch.target_tokens.tolist()) & stops:
         raise Failure("in the rows a stop token is a target, in the batch that prepare_batch makes of them none is")
+
+
+def _check_written(windows: list[Batch], stops: torch.Tensor) -> None:
+    """Look for a stop token at the end of a sequence, where the policy has written one, that is a target."""
+    ends = [(batch, (batch.segment_starts + batch.segment_lengths - 1)[batch.is_sequence]) for batch in windows]
+    wanted = [batch.targets[at][torch.isin(batch.tokens[at], stops)] for batch, at in ends]
+    if not sum(map(len, wanted)):
+        raise NotApplicable("none of the completions in the batch ends with a stop token")
+    if not any(bool(targets.any()) for targets in wanted):
+        raise Failure("the batch's completions end with stop tokens, none of which is a target")
 
 
 def _targets(row: dict[str, Any]) -> set[int]:
