@@ -78,6 +78,21 @@ def test_a_resumed_run_has_the_same_average(tmp_path: Path) -> None:
     assert plugin_of(again).updates == 6
 
 
+def test_of_the_best_step_the_average_is_exported_that_its_checkpoint_holds(tmp_path: Path) -> None:
+    best: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    best |= {"metric_for_best_model": "loss", "greater_is_better": True}  # the first is the highest
+    train = TRAIN | {"max_steps": 3} | best
+    options: Any = {"ema": {"decay": 0.5}}
+    Run(
+        "sft", model="builtin", data={"train": ROWS, "eval": ROWS[:4]}, train=train, plugins=options,
+        output_dir=str(tmp_path),
+    ).train()  # fmt: skip
+    kept = load_file(tmp_path / "checkpoints" / "checkpoint-000001" / "rank-0.safetensors")
+    exported = load_file(tmp_path / "model.safetensors")
+    for name, tensor in exported.items():
+        assert torch.equal(tensor.float(), kept[f"plugin/ema/{name}"]), name
+
+
 def test_a_model_of_which_deepspeed_gives_each_rank_a_part_is_refused() -> None:
     model = torch.nn.Linear(2, 2)
     average = Average(Average.Options())

@@ -597,7 +597,7 @@ class Run:
         path = checkpoints.path_of(self.checkpoints, best.step) if best else None
         if self.config.train.load_best_model_at_end and path is not None and best is not None:
             if best.step != self.state.step:
-                self.backend.load_weights(path / "weights.safetensors")
+                snapshot.restore_best(self, path)
             self.notify(f"The exported model is the best one, of step {best.step}")
         metrics = {**self.state.last_evaluation, **self._test()}
         if self.config.train.do_predict:

@@ -94,7 +94,11 @@ class CollectedHooks:
 
     @hookspec
     def restore_checkpoint_state(self, run: RunView, state: Mapping[str, Any]) -> None:
-        """Take back what extra_checkpoint_state gave. Called before the first step of a resumed run."""
+        """Take back what extra_checkpoint_state gave.
+
+        Called before the first step of a resumed run, and, with train.load_best_model_at_end, after the last step where
+        an earlier one was best: what is exported is as it was then.
+        """
 
     @hookspec
     def extra_run_info(self, run: RunView) -> Mapping[str, Any]:

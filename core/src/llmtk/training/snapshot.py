@@ -60,10 +60,7 @@ def restore(run: Run, path: Path) -> None:
     tensors, rest = checkpoints.load_rank(path, run.rank)
     if rest["round"] is not None:
         run.state.round = round_from_state(tensors, rest["round"])
-    plugin_tensors = _by_prefix(tensors, "plugin/")
-    run.hooks.restore_checkpoint_state(
-        {name: {**state, **plugin_tensors.get(name, {})} for name, state in rest["plugins"].items()}
-    )
+    _restore_plugins(run, tensors, rest["plugins"])
     run.records.cut(saved["records"])
     with _together(run, f"removing what came after {path}"):
         if run.backend.is_main:
@@ -71,6 +68,13 @@ def restore(run: Run, path: Path) -> None:
     run.randomness.restore(
         {k.removeprefix("random/"): v for k, v in tensors.items() if k.startswith("random/")}, rest["random"]
     )
+
+
+def restore_best(run: Run, path: Path) -> None:
+    """Put a trained run's model back to a checkpoint, with what plugins export of it: an average of the weights."""
+    run.backend.load_weights(path / "weights.safetensors")
+    tensors, rest = checkpoints.load_rank(path, run.rank)
+    _restore_plugins(run, tensors, rest["plugins"])
 
 
 def environment() -> dict[str, Any]:
@@ -131,6 +135,12 @@ def _write_rank(run: Run, folder: Path) -> None:
         tensors |= round_tensors
     rest = {"random": random_rest, "plugins": plugins, "round": round_rest}
     checkpoints.save_rank(folder, run.rank, tensors, rest)
+
+
+def _restore_plugins(run: Run, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give plugins back what they kept, of a rank's tensors and of the JSON by plugin name."""
+    own = _by_prefix(tensors, "plugin/")
+    run.hooks.restore_checkpoint_state({name: {**state, **own.get(name, {})} for name, state in rest.items()})
 
 
 def _tidy(run: Run) -> None:
