@@ -7,13 +7,17 @@ run stops after `patience` evaluations in a row that do not. What it has counted
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import Field
 
 from llmtk import ConfigurationError, RunView, Section, TrainingError, hookimpl
-from llmtk.training.events import Plan, StepReport, falls
+from llmtk.contract import Data
+from llmtk.training.events import StepReport, falls
+
+if TYPE_CHECKING:
+    from llmtk.run import Run
 
 
 class EarlyStopping:
@@ -26,8 +30,9 @@ class EarlyStopping:
         """Evaluations in a row that may pass without an improvement; the run stops after as many."""
         threshold: float = Field(0.0, ge=0)
         """How much better than the best so far counts as an improvement."""
-        metric: str = "loss"
-        """The evaluation's metric that decides."""
+        metric: str | None = None
+        """The evaluation's metric that decides. By default the reward of a stage that has rewards, whose loss says
+        nothing of how good a policy is, else the loss."""
         greater_is_better: bool | None = None
         """By default false for a metric that is called a loss, nll, perplexity or kl, else true."""
 
@@ -36,39 +41,38 @@ class EarlyStopping:
         self.best: float | None = None
         self.waited = 0
 
-    @hookimpl
-    def run_started(self, run: RunView, plan: Plan) -> None:
-        if run.eval_rows is None:
-            raise ConfigurationError("early-stopping needs evaluations: give data.eval, a share (0.1) or a file")
+    @hookimpl(wrapper=True)
+    def build_data(self, run: RunView) -> Generator[None, Data, Data]:
+        if not (train := cast("Run", run).config.train).evaluates:
+            none = "eval_strategy: no" if train.do_eval else "do_eval: false"
+            raise ConfigurationError(
+                f"plugins.early-stopping needs evaluations, and train.{none} makes none; change one"
+            )
+        data = yield
+        if data.eval is None:
+            raise ConfigurationError(
+                "plugins.early-stopping needs evaluations: give data.eval, a share (0.1) or a file"
+            )
+        return data
 
     @hookimpl
     def should_stop(self, run: RunView, step: StepReport) -> bool:
         if step.evaluation is None:
             return False
-        value = self._value(step.evaluation.metrics)
-        if self._improves(value):
+        metric = self.options.metric or usual_metric(run)
+        value = _value(step.evaluation.metrics, metric)
+        if self._improves(value, metric):
             self.best, self.waited = value, 0
         else:
             self.waited += 1
         if self.waited < self.options.patience:
             return False
-        run.notify(
-            f"{self.options.metric} has not improved on {self.best} for {self.waited} evaluations: the run stops"
-        )
+        run.notify(f"{metric} has not improved on {self.best} for {self.waited} evaluations: the run stops")
         return True
 
-    def _value(self, metrics: Mapping[str, float]) -> float:
-        name = "eval_" + self.options.metric.removeprefix("eval_")
-        if name not in metrics:
-            raise TrainingError(
-                f"plugins.early-stopping.metric: {self.options.metric!r} is not among the evaluation's metrics: "
-                f"{', '.join(metrics)}"
-            )
-        return metrics[name]
-
-    def _improves(self, value: float) -> bool:
+    def _improves(self, value: float, metric: str) -> bool:
         asked = self.options.greater_is_better
-        greater = not falls(self.options.metric) if asked is None else asked
+        greater = not falls(metric) if asked is None else asked
         if self.best is None or not math.isfinite(value):
             return math.isfinite(value)
         gained = value - self.best if greater else self.best - value
@@ -81,3 +85,17 @@ class EarlyStopping:
     @hookimpl
     def restore_checkpoint_state(self, run: RunView, state: Mapping[str, Any]) -> None:
         self.best, self.waited = state["best"], state["waited"]
+
+
+def usual_metric(run: RunView) -> str:
+    """Return the metric that decides where none is named."""
+    return "reward" if "reward" in cast("Run", run).stage.needs else "loss"
+
+
+def _value(metrics: Mapping[str, float], metric: str) -> float:
+    name = "eval_" + metric.removeprefix("eval_")
+    if name not in metrics:
+        raise TrainingError(
+            f"plugins.early-stopping.metric: {metric!r} is not among the evaluation's metrics: {', '.join(metrics)}"
+        )
+    return metrics[name]

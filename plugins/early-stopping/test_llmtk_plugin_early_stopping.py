@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from llmtk_plugin_early_stopping import EarlyStopping
 
-from llmtk import PluginError, Run, TrainingError
+from llmtk import ConfigurationError, Run, TrainingError
 
 ROWS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(16)]
 
@@ -79,7 +79,9 @@ def evaluations(folder: Path) -> list[float]:
     return [line["eval_loss"] for line in lines if "eval_loss" in line]
 
 
-def test_a_run_stops_and_a_resumed_one_stops_where_it_would_have(tmp_path: Path) -> None:
+def test_a_run_stops_and_a_resumed_one_stops_where_it_would_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = run(tmp_path / "whole", 12, 2)
     result = whole.train()
     found = evaluations(tmp_path / "whole")
@@ -91,16 +93,38 @@ def test_a_run_stops_and_a_resumed_one_stops_where_it_would_have(tmp_path: Path)
     assert again.train().steps == result.steps
     assert evaluations(tmp_path / "whole") == found
 
+    steps = f"{result.steps} of 12 steps (early-stopping stopped the run)"
+    assert f"Done: {steps}, loss" in capsys.readouterr().out
+    assert run(tmp_path / "whole", 12, 2, resume="auto").train().steps == result.steps
+    assert f"Nothing left to train: {steps}, loss" in capsys.readouterr().out
+
 
 def test_without_evaluations_it_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"early-stopping needs evaluations: give data\.eval|needs evaluation data"):
         run(tmp_path, 2, 1, given={}).train()
-    with pytest.raises(PluginError, match="early-stopping"):
-        Run(
-            "sft",
-            model="builtin",
-            data=ROWS,
-            train={"max_steps": 1, "bf16": False},
-            plugins={"early-stopping": {}},
-            output_dir=str(tmp_path / "other"),
-        ).train()
+
+
+@pytest.mark.parametrize(
+    ("data", "train", "said"),
+    [
+        ({}, {}, r"early-stopping needs evaluations: give data\.eval"),
+        ({"eval": ROWS[:4]}, {"eval_strategy": "no"}, r"and train\.eval_strategy: no makes none"),
+        ({"eval": ROWS[:4]}, {"do_eval": False}, r"and train\.do_eval: false makes none"),
+    ],
+)
+def test_a_plan_refuses_a_run_without_evaluations(tmp_path: Path, data: Any, train: Any, said: str) -> None:
+    plugins: dict[str, Any] = {"early-stopping": {}}
+    run = Run(
+        "sft", model="builtin", data={"train": ROWS} | data, train=train, plugins=plugins, output_dir=str(tmp_path)
+    )
+    with pytest.raises(ConfigurationError, match=said):
+        run.prepare()
+    assert not hasattr(run, "model")
+
+
+def test_of_a_stage_with_rewards_the_reward_decides() -> None:
+    plugin = EarlyStopping(EarlyStopping.Options(patience=1))
+    run: Any = SimpleNamespace(stage=SimpleNamespace(needs={"reward", "generation"}), notify=lambda message: None)
+    for reward, stops in [(0.1, False), (0.2, False), (0.1, True)]:
+        step: Any = SimpleNamespace(evaluation=SimpleNamespace(metrics={"eval_loss": reward, "eval_reward": reward}))
+        assert plugin.should_stop(run, step) is stops

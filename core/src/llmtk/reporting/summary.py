@@ -86,12 +86,14 @@ def say_result(run: Run, result: Result) -> None:
     if result.steps and run.state.skipped == result.steps:
         say(f"WARNING: all {result.steps} steps were left out (see above), and the model is as it was")
     loss = "not logged" if result.final_loss is None else decimal(result.final_loss)
-    why = f" ({run.state.stopped_by} stopped the run)" if run.state.stopped_by else ""
+    steps, stopped_by = counted(result.steps, "step"), run.state.stopped_by
+    if stopped_by:
+        steps = f"{result.steps:,} of {counted(run.plan.max_steps, 'step')} ({stopped_by} stopped the run)"
     # A run that is resumed at its last step: what comes after it is made again, or, if it was cut short, to the end.
-    done = "Nothing left to train, the run has taken all of its steps" if run.resumed_at == result.steps else "Done"
-    say(
-        f"{done}: {counted(result.steps, 'step')}{why}, loss {loss}. Model, metrics and plot are in {result.output_dir}"
-    )
+    done = "Done"
+    if run.resumed_at == result.steps:
+        done = "Nothing left to train" if stopped_by else "Nothing left to train, the run has taken all of its steps"
+    say(f"{done}: {steps}, loss {loss}. Model, metrics and plot are in {result.output_dir}")
     if run.demo:
         own = "".join(f" {run.stage_name}.{option}={option.upper()}" for option in _without_default(run))
         say(f"Your own: llmtk run {run.stage_name} model.name_or_path=MODEL data.train=ROWS.jsonl data.eval=0.1{own}")
