@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from llmtk import ConfigurationError, RunView, Section, hookimpl
+from llmtk import Batch, ConfigurationError, RunView, Section, hookimpl
+from llmtk.contract import Data, Dataset
 from llmtk.training.order import shuffled
+
+if TYPE_CHECKING:
+    from llmtk.run import Run
 
 Array = np.ndarray[Any, Any]
 
@@ -34,8 +38,8 @@ class Curriculum:
         """What makes a row hard, and how fast hard ones come."""
 
         by: Literal["length", "column", "loss"] = "length"
-        """`length`: its tokens; `column`: a number in it; `loss`: the model's own mean loss on it, taken when an epoch
-        begins."""
+        """`length`: its tokens; `column`: a number in it; `loss`: the mean negative log-prob of its targets, taken when
+        an epoch begins (of a pair, of chosen and rejected together)."""
         steps: int = Field(..., ge=1)
         """Optimizer steps after which all rows are open."""
         start_length: int = Field(64, ge=1)
@@ -44,7 +48,8 @@ class Curriculum:
         """Tokens of the longest row that is open at the end of `steps`; longer ones come after that. By default the
         longest row's."""
         column: str | None = None
-        """The column of encoded rows that holds the difficulty: `margin` of pairs, `length`, or a stage's own."""
+        """The column of encoded rows, not of the file, that holds the difficulty: `margin` of pairs, `length`, or a
+        stage's own."""
         start_share: float = Field(0.1, gt=0, le=1)
         """Share of the rows that is open at first (by: column or loss)."""
 
@@ -64,6 +69,20 @@ class Curriculum:
         self.options = options
         self.epoch: int | None = None
         self.order: list[int] = []
+
+    @property
+    def column(self) -> str:
+        """The column that holds the difficulty (by: length or column)."""
+        return self.options.column or "length"
+
+    @hookimpl(wrapper=True)
+    def build_data(self, run: RunView) -> Generator[None, Data, Data]:
+        if self.options.by == "loss":
+            check_losses(run)
+        data = yield
+        if self.options.by != "loss" and not cast("Run", run).config.data.streaming:  # the core refuses a stream
+            self._check_grows(numbers(data.train, self.column))
+        return data
 
     @hookimpl
     def order_examples(self, run: RunView, epoch: int) -> Sequence[int]:
@@ -94,19 +113,16 @@ class Curriculum:
 
     def _difficulty(self, run: RunView) -> Array:
         """Return the difficulty of each row (rows,), equal on all ranks."""
-        if self.options.by == "loss":
-            return losses(run)
-        name = self.options.column or "length"
-        rows: Any = run.train_rows
-        if name not in getattr(rows, "column_names", ()):
+        return losses(run) if self.options.by == "loss" else numbers(run.train_rows, self.column)
+
+    def _check_grows(self, difficulty: Array) -> None:
+        """Refuse a curriculum by length whose rows are all open at once: it would leave the order as it is."""
+        longest = int(difficulty.max(initial=0))
+        if self.options.by == "length" and self.options.start_length >= longest:
             raise ConfigurationError(
-                f"plugins.curriculum: the encoded rows have no column {name!r}. They have: "
-                f"{', '.join(getattr(rows, 'column_names', ())) or 'none'}"
+                f"plugins.curriculum would do nothing: the longest row has {longest} tokens, and with start_length "
+                f"{self.options.start_length} all are open from the start. Give a start_length below {longest}"
             )
-        values = np.asarray(rows[name][:])
-        if values.dtype.kind not in "iufb" or not np.isfinite(values.astype(float)).all():
-            raise ConfigurationError(f"plugins.curriculum: the column {name!r} does not hold a number in every row")
-        return values.astype(float)
 
     @hookimpl
     def extra_checkpoint_state(self, run: RunView) -> Mapping[str, Any]:
@@ -142,23 +158,64 @@ def by_difficulty(difficulty: Array, usual: Array, size: int, limit: Callable[[i
     return order
 
 
+def numbers(rows: Dataset, column: str) -> Array:
+    """Return a column of encoded rows (rows,). ConfigurationError where they have none, or it holds no numbers."""
+    data: Any = rows
+    names = getattr(data, "column_names", ())
+    if column not in names:
+        instead = ". Blocks of text have no length; use by: loss" if column == "length" else ""
+        raise ConfigurationError(
+            f"plugins.curriculum: the encoded rows have no column {column!r}. They have: "
+            f"{', '.join(names) or 'none'}{instead}"
+        )
+    values = np.asarray(data[column][:])
+    if values.dtype.kind not in "iufb" or not np.isfinite(values.astype(float)).all():
+        raise ConfigurationError(f"plugins.curriculum: the column {column!r} does not hold a number in every row")
+    return values.astype(float)
+
+
+def check_losses(run: RunView) -> None:
+    """Refuse stages whose rows have no loss of their own, by a ConfigurationError."""
+    whole = cast("Run", run)
+    if "generation" in whole.stage.needs:
+        raise ConfigurationError(
+            f"plugins.curriculum.by: loss needs rows with answers; stage {whole.stage_name} writes them itself, anew "
+            "each time, so that their loss says little of a row. Use by: length or by: column"
+        )
+    if whole.stage.head != "language":
+        raise ConfigurationError(
+            f"plugins.curriculum.by: loss needs log-probs of tokens; a model of stage {whole.stage_name} has a head of "
+            "one value, and gives none. Use by: length or by: column"
+        )
+
+
 def losses(run: RunView) -> Array:
-    """Return the mean loss of each training row's targets (rows,) under the model as it is. Collective."""
+    """Return the mean negative log-prob of each training row's targets (rows,) under the model as it is. Collective.
+
+    Of a pair, over the targets of chosen and rejected together.
+    """
     count = len(run.train_rows)
     found = np.full(count, np.nan)
     for start in range(0, count, run.global_rows):
         indices = range(start, min(start + run.global_rows, count))
         mine = list(indices)[run.rank :: run.world_size]
-        round = run.hooks.prepare_batch([run.train_rows[index] for index in mine])
-        batch = round.windows[0]
-        if len(batch) != len(mine):
+        rows = [run.train_rows[index] for index in mine]
+        windows = run.hooks.prepare_batch(rows).windows
+        means = [mean for window in windows for mean in group_losses(run, window)]
+        if [place for window in windows for place in window.places] != [row["place"] for row in rows]:
             raise ConfigurationError(
-                f"plugins.curriculum.by: loss needs one group for each row; this stage made {len(batch)} of {len(mine)}"
+                f"plugins.curriculum.by: loss needs one group for each row, in their order and with their places; of "
+                f"{len(mine)} rows this stage made {len(means)} groups. Use by: length or by: column"
             )
-        logps = run.score_window(batch).logps.cpu()
-        group = batch.sequence_group[batch.target_sequence]
-        sums = torch.zeros(len(batch)).index_add(0, group, -logps)
-        means = sums / torch.bincount(group, minlength=len(batch)).clamp(min=1)
-        for theirs, values in run.gather((mine, means.tolist())):
+        for theirs, values in run.gather((mine, means)):
             found[theirs] = values
     return found
+
+
+def group_losses(run: RunView, window: Batch) -> list[float]:
+    """Return the mean negative log-prob of the targets of each group of a window. Collective."""
+    logps = run.score_window(window).logps.cpu()
+    group = window.sequence_group[window.target_sequence]
+    sums = torch.zeros(len(window)).index_add(0, group, -logps)
+    means: list[float] = (sums / torch.bincount(group, minlength=len(window)).clamp(min=1)).tolist()
+    return means

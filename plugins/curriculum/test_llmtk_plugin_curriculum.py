@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llmtk_plugin_curriculum import Curriculum, by_difficulty, losses
 from pydantic import ValidationError
 
-from llmtk import ConfigurationError, Run, hookimpl
+from llmtk import ConfigurationError, Round, Run, hookimpl
 from llmtk.training.order import shuffled
 
 ROWS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}" + " and more" * (n % 5)} for n in range(20)]
@@ -100,7 +100,7 @@ def test_steps_are_optimizer_steps_where_a_round_makes_several(monkeypatch: pyte
 
 
 def test_the_loss_of_a_row_is_the_models_own(tmp_path: Path) -> None:
-    run = make(tmp_path, {"steps": 5})
+    run = make(tmp_path, {"steps": 5, "start_length": 1})
     run._set_up()
     found = losses(run)
     for index in (0, 7, 19):
@@ -141,3 +141,42 @@ def test_options_that_do_not_go_together(options: dict[str, Any], said: str) -> 
 def test_a_column_that_is_no_difficulty(tmp_path: Path, column: str, said: str) -> None:
     with pytest.raises(ConfigurationError, match=said):
         make(tmp_path, {"steps": 5, "by": "column", "column": column}).train()
+
+
+PROMPTS = [{"prompt": f"{n} + 1 =", "answer": str(n + 1)} for n in range(8)]
+PAIRS = [{"prompt": f"{n} + 1 =", "chosen": str(n + 1), "rejected": str(n)} for n in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "rows", "options", "said"),
+    [
+        ("sft", ROWS, {"by": "column", "column": "nothing"}, "no column 'nothing'"),
+        ("sft", ROWS, {"start_length": 64}, r"would do nothing: the longest row has \d+ tokens"),
+        ("pt", [{"text": "a document " * 30}], {}, r"no column 'length'.* Blocks of text have no length; use by: loss"),
+        ("rm", PAIRS, {"by": "loss"}, "a model of stage rm has a head of one value"),
+        ("grpo", PROMPTS, {"by": "loss"}, "stage grpo writes them itself"),
+    ],
+)
+def test_a_plan_refuses_what_gives_no_order(tmp_path: Path, stage: str, rows: Any, options: Any, said: str) -> None:
+    own = {"grpo": {"rewards": ["exact_match"]}} if stage == "grpo" else {}
+    plugins = {"curriculum": {"steps": 5} | options}
+    run = Run(stage, model="builtin", data=rows, plugins=plugins, output_dir=str(tmp_path), **own)
+    with pytest.raises(ConfigurationError, match=said):
+        run.prepare()
+    assert not hasattr(run, "model"), "it is refused before a model is loaded"
+
+
+def test_the_losses_of_a_round_are_read_from_all_of_its_windows(tmp_path: Path) -> None:
+    run = make(tmp_path, {"steps": 5, "start_length": 1})
+    run._set_up()
+    whole = losses(run)
+    prepare = run.hooks.prepare_batch
+
+    def in_two(rows: list[Any]) -> Round:
+        return Round([window for part in (rows[:1], rows[1:]) for window in prepare(part).windows])
+
+    run.hooks.prepare_batch = in_two  # type: ignore[method-assign]
+    assert losses(run) == pytest.approx(whole, rel=1e-5)
+    run.hooks.prepare_batch = lambda rows: prepare(rows[::-1])  # type: ignore[method-assign]
+    with pytest.raises(ConfigurationError, match="one group for each row, in their order"):
+        losses(run)
