@@ -11,15 +11,19 @@ b, `entropy_bonus`, keeps predictions from becoming too sure (arXiv 1701.06548, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 from pydantic import model_validator
 
-from llmtk import Batch, LossOutput, PluginError, Round, RunView, Section, Term, hookimpl
-from llmtk.contract import Row
+from llmtk import Batch, ConfigurationError, LossOutput, PluginError, Round, RunView, Section, Term, hookimpl
+from llmtk.contract import Data, Row
 from llmtk.scoring import Scores
+
+if TYPE_CHECKING:
+    from llmtk.run import Run
 
 WEIGHT = "auxiliary_targets"
 """The weight that divides the terms: the target tokens of a group."""
@@ -47,6 +51,16 @@ class AuxiliaryLoss:
         asked = {"entropy": options.entropy_bonus, "logsumexp": options.z_loss}
         self.wanted = [name for name, coefficient in asked.items() if coefficient]
 
+    @hookimpl(wrapper=True)
+    def build_data(self, run: RunView) -> Generator[None, Data, Data]:
+        whole = cast("Run", run)
+        if whole.stage.head != "language":
+            raise ConfigurationError(
+                f"plugins.auxiliary-loss needs logits, and a model of stage {whole.stage_name} has a head of one "
+                "value, which gives none. Leave it out"
+            )
+        return (yield)
+
     @hookimpl
     def around_prepare_batch(self, run: RunView, rows: list[Row], inner: Callable[[list[Row]], Round]) -> Round:
         round = inner(rows)
@@ -63,7 +77,7 @@ class AuxiliaryLoss:
         if not isinstance(scores, Scores) or any(getattr(scores, name) is None for name in self.wanted):
             raise PluginError(
                 "auxiliary-loss: the stage hands on no scores. LossOutput(terms, metrics, scores) hands on what "
-                "run.score gave; a model with a head of one value has none"
+                "run.score gave"
             )
         terms = {}
         if scores.entropy is not None and self.options.entropy_bonus:

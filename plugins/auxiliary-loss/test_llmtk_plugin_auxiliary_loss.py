@@ -12,7 +12,7 @@ from llmtk_plugin_auxiliary_loss import WEIGHT, AuxiliaryLoss
 from pydantic import ValidationError
 
 import llmtk
-from llmtk import PluginError, Run
+from llmtk import ConfigurationError, PluginError, Run
 from llmtk.scoring import Scores
 
 TINY = {
@@ -93,9 +93,11 @@ def test_a_preference_stage_has_it_too(tmp_path: Path) -> None:
     assert run.train().metrics["eval_loss/aux_entropy"] > 0
 
 
-def test_a_reward_model_has_no_scores(tmp_path: Path) -> None:
-    with pytest.raises(PluginError, match="the stage hands on no scores"):
-        make(tmp_path, "rm", PAIRS).train()
+def test_a_plan_refuses_a_reward_model_which_has_no_logits(tmp_path: Path) -> None:
+    run = make(tmp_path, "rm", PAIRS)
+    with pytest.raises(ConfigurationError, match="a model of stage rm has a head of one value"):
+        run.prepare()
+    assert not hasattr(run, "model"), "it is refused before a model is loaded"
 
 
 def test_scores_that_a_stage_made_itself_are_refused_where_they_lack_what_is_wanted() -> None:
