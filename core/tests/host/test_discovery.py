@@ -123,6 +123,21 @@ def test_an_unknown_plugin_is_told_with_what_to_install() -> None:
     refused(lambda: discovery.find(discovery.PLUGINS, "zzz"), "Unknown plugin 'zzz'", "pip install llmtk-plugin-zzz")
 
 
+def test_of_a_distribution_that_brings_something_else_it_is_said_what(install: Install) -> None:
+    install("llmtk-plugin-some-metrics", "bleu", group=discovery.METRICS)
+    told = refused(
+        lambda: discovery.find(discovery.PLUGINS, "some_metrics"),
+        "llmtk-plugin-some-metrics is installed: it brings the metrics bleu, and no plugin 'some_metrics'",
+    )
+    assert "pip install" not in told
+
+
+def test_a_name_that_differs_by_its_dashes_alone_is_not_to_be_installed(install: Install) -> None:
+    install("llmtk-plugin-early-end", "early-end", group=discovery.PLUGINS)
+    told = refused(lambda: discovery.find(discovery.PLUGINS, "early_end"), "Did you mean 'early-end'?")
+    assert "pip install" not in told
+
+
 def test_an_unknown_reward_names_no_distribution() -> None:
     assert "pip" not in refused(lambda: discovery.find(discovery.REWARDS, "zzz"), "Unknown reward 'zzz'")
 

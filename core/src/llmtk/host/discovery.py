@@ -214,7 +214,12 @@ def _offers_something(distribution: metadata.Distribution) -> bool:
 
 
 def _normalized(distribution: metadata.Distribution) -> str:
-    return re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower()
+    return _plain(distribution.metadata["Name"])
+
+
+def _plain(name: str) -> str:
+    """Return a name as pip compares names."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _read(distribution: metadata.Distribution) -> Iterator[Offer]:
@@ -339,13 +344,28 @@ def _unknown(group: str, name: str) -> str:
     kind = _kind(group)
     parts = [f"Unknown {kind} {name!r}.{suggest(name, known)}"]
     parts.append(f"Installed {kind}s: {', '.join(known)}." if known else f"No {kind} is installed.")
-    if group in _DISTRIBUTIONS:
+    if brought := _brought(group, name):
+        parts.append(brought)
+    elif group in _DISTRIBUTIONS and _plain(name) not in map(_plain, known):
         package = f"{_DISTRIBUTIONS[group]}{name}"
         parts.append(f"One that is published under the usual name is installed by: pip install {package}")
         parts.append("One of your own by: pip install -e FOLDER, anew when its entry points have changed")
     if unreadable := _scan().unreadable:
         parts.append(f"The metadata of these cannot be read; install them anew: {', '.join(unreadable)}")
     return "\n".join(parts)
+
+
+def _brought(group: str, name: str) -> str:
+    """Say what else an installed distribution brings whose name promises a stage or plugin; empty for none."""
+    package = _plain(f"{_DISTRIBUTIONS.get(group, '')}{name}")
+    offers = [offer for found in _scan().offers.values() for offer in found if _plain(offer.distribution) == package]
+    if group not in _DISTRIBUTIONS or not offers:
+        return ""
+    kinds = sorted({offer.group for offer in offers})
+    things = [
+        f"the {_kind(each)}s {', '.join(offer.name for offer in offers if offer.group == each)}" for each in kinds
+    ]
+    return f"{offers[0].distribution} is installed: it brings {' and '.join(things)}, and no {_kind(group)} {name!r}"
 
 
 def _misnamed(offer: Offer, why: str) -> str:
