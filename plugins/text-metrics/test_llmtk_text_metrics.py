@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTra
 
 import llmtk
 from llmtk import ConfigurationError
+from llmtk.metrics import resolve
 
 SAID = ["The cat sat on the mat.", "There is a dog, isn't there?"]
 RIGHT = ["The cat lay on the mat.", "There's a dog there, isn't it?"]
@@ -172,6 +173,15 @@ def _installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = "".join(f"{name} = {value}\n" for name, value in entry_points.items())
     (folder / "entry_points.txt").write_text(f"[llmtk.metrics]\n{lines}")
     monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("_installed")
+def test_options_of_a_wrong_type_are_refused_before_anything_is_measured() -> None:
+    with pytest.raises(ConfigurationError, match=r'chrf\.char_order: expected a whole number, got "six"'):
+        resolve({"chrf": {"char_order": "six"}})
+    with pytest.raises(ConfigurationError, match=r"bertscore\.layer: expected a whole number"):
+        resolve({"bertscore": {"model": "folder", "layer": "last"}})
+    assert resolve({"rouge": {"rouge_types": ["rouge1"]}})["rouge"][1] == {"rouge_types": ["rouge1"]}
 
 
 @pytest.mark.usefixtures("_installed")

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
+from pydantic import Field, ValidationError, create_model
+
+from llmtk.config.problems import explain
+from llmtk.config.sections import Section
 from llmtk.errors import ConfigurationError, LlmtkError, PluginError
 from llmtk.host import discovery
 
@@ -17,8 +21,8 @@ if TYPE_CHECKING:
     from llmtk.host.discovery import Offer
 
 Metric = Callable[..., float | Mapping[str, float]]
-Wanted = Sequence[str] | Mapping[str, Mapping[str, Any]]
-"""Names, or names with the options of each."""
+Wanted = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
+"""A name, several, or names with the options of each."""
 
 
 def compute_metrics(
@@ -34,7 +38,7 @@ def compute_metrics(
 
     Raises:
         ConfigurationError: There are no predictions, not as many references, something that is no text, or an option
-            that a metric has not.
+            that a metric has not, or of another type.
         PluginError: A metric is not installed, broken, or gives something else than numbers.
     """
     _check(predictions, references)
@@ -53,11 +57,10 @@ def resolve(metrics: Wanted | None = None) -> dict[str, tuple[Metric, Mapping[st
         usable = [offer for offer in discovery.offers(discovery.METRICS) if not offer.problem]
         loaded = {offer.name: _load(offer) for offer in usable}
         return {name: (metric, {}) for name, metric in loaded.items() if not _required(metric)}
-    named = metrics if isinstance(metrics, Mapping) else {name: {} for name in metrics}
+    names = [metrics] if isinstance(metrics, str) else metrics
+    named = names if isinstance(names, Mapping) else {name: {} for name in names}
     found = {name: (_load(discovery.find(discovery.METRICS, name)), options) for name, options in named.items()}
-    for name, (metric, options) in found.items():
-        _check_options(name, metric, options)
-    return found
+    return {name: (metric, _checked(name, metric, options)) for name, (metric, options) in found.items()}
 
 
 def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
@@ -91,14 +94,37 @@ def _required(metric: Metric) -> list[str]:
     return [each.name for each in _options(metric) if each.default is each.empty and each.kind not in kinds]
 
 
-def _check_options(name: str, metric: Metric, options: Mapping[str, Any]) -> None:
+def _known(metric: Metric) -> str:
+    return ", ".join(each.name for each in _options(metric)) or "none"
+
+
+def _checked(name: str, metric: Metric, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a metric's options as their types want them. ConfigurationError for what it does not take."""
     if missing := [each for each in _required(metric) if each not in options]:
         raise ConfigurationError(f"the metric {name} needs the option {' and '.join(missing)}")
     try:
         inspect.signature(metric).bind([], [], **options)
     except TypeError as error:
-        known = ", ".join(each.name for each in _options(metric)) or "none"
-        raise ConfigurationError(f"the metric {name}: {error}; its options are: {known}") from error
+        raise ConfigurationError(f"the metric {name}: {error}; its options are: {_known(metric)}") from error
+    return {**options, **_typed(name, metric, options)}
+
+
+def _typed(name: str, metric: Metric, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options whose types the metric states, converted: 6 of `6`. Others are left to the metric."""
+    try:
+        hints = {key: hint for key, hint in get_type_hints(metric).items() if key in options}
+        fields: dict[str, Any] = {
+            f"option_{n}": (hint, Field(alias=key)) for n, (key, hint) in enumerate(hints.items())
+        }
+        model = create_model("Metrics", metric=(create_model("Metric", __base__=Section, **fields), Field(alias=name)))
+    except Exception:  # types that only its author's checker knows can fail in any way
+        return {}
+    settings = {name: {key: options[key] for key in hints}}
+    try:
+        valid: Any = model.model_validate(settings)
+    except ValidationError as error:
+        raise explain(error, settings, model, f"The options of the metric {name} are: {_known(metric)}") from None
+    return {key: getattr(valid.metric, f"option_{n}") for n, key in enumerate(hints)}
 
 
 def _values(

@@ -20,7 +20,7 @@ METRICS = """
     def lengths(predictions, references, *, unit=1):
         return {"said": sum(map(len, predictions)) / unit, "wanted": sum(map(len, references)) / unit}
 
-    def judged(predictions, references, *, model):
+    def judged(predictions, references, *, model: str):
         return float(len(model))
 
     def broken(predictions, references):

@@ -21,7 +21,7 @@ def test_all_that_need_no_option_are_computed(install: Install) -> None:
 
 def test_named_ones_take_options(install: Install) -> None:
     install("same", "lengths", "judged")
-    assert llmtk.compute_metrics(SAID, RIGHT, ["same"]) == {"same": 0.5}
+    assert llmtk.compute_metrics(SAID, RIGHT, ["same"]) == llmtk.compute_metrics(SAID, RIGHT, "same") == {"same": 0.5}
     wanted = {"lengths": {"unit": 2}, "judged": {"model": "four"}}
     assert llmtk.compute_metrics(SAID, RIGHT, wanted) == {"said": 1.5, "wanted": 1.0, "judged": 4.0}
 
@@ -42,6 +42,7 @@ def test_without_any_there_are_none(install: Install) -> None:
         ((SAID, RIGHT, ["sane"]), PluginError, "Unknown metric 'sane'. Did you mean 'same'"),
         ((SAID, RIGHT, ["judged"]), ConfigurationError, "the metric judged needs the option model"),
         ((SAID, RIGHT, {"lengths": {"units": 2}}), ConfigurationError, "units.*; its options are: unit"),
+        ((SAID, RIGHT, {"judged": {"model": [4]}}), ConfigurationError, r"^judged\.model: expected text, got \[4\]"),
         ((SAID, RIGHT, ["broken"]), PluginError, "the metric broken failed: ZeroDivisionError: by zero"),
         ((SAID, RIGHT, ["words"]), PluginError, "the metric words failed: ValueError"),
     ],
