@@ -18,11 +18,11 @@ stage's groups, so that they are cut into micro-batches with them, counted with 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +42,12 @@ from llmtk import (
     Term,
     hookimpl,
 )
-from llmtk.contract import Data, Dataset, Models, Row
+from llmtk.contract import Data, Dataset, Row
 from llmtk.data import source_of
 from llmtk.training.order import shuffled
+
+if TYPE_CHECKING:
+    from llmtk.run import Run
 
 BESIDE = "multitask_nll"
 """The name of the term, and of the weight that divides it."""
@@ -86,8 +89,11 @@ class Multitask:
 
     @hookimpl(wrapper=True)
     def build_data(self, run: RunView) -> Generator[None, Data, Data]:
+        o = self.options
+        if o.beside is not None:
+            check_head(run)
         data = yield
-        o, found = self.options, sources(data.train)
+        found = sources(data.train)
         if o.per_source and "" in found:
             raise ConfigurationError(
                 "plugins.multitask.per_source: this run's rows do not say which source they are from: they are given "
@@ -102,8 +108,12 @@ class Multitask:
                 f"{why if o.per_source is None else 'and per_source is false'}; or it learns a second data set "
                 "beside, and plugins.multitask.beside names none. Other kinds of tasks together are not supported"
             )
+        if self.tells_sources:
+            for source in found | (sources(data.eval) if data.eval is not None else set()):
+                check_task(name_of(source))
         if o.beside is not None:
-            self.beside = run.encode(o.beside.data, ("dialogue", "prompt_completion"))
+            with cast("Run", run).speaking_of("plugins.multitask.beside.data"):
+                self.beside = run.encode(o.beside.data, ("dialogue", "prompt_completion"))
             self.digest = digest(self.beside)
         return data
 
@@ -112,17 +122,6 @@ class Multitask:
         if self.beside is None or self.options.beside is None:
             return {}
         return {"beside": f"{self.options.beside.rows} rows a step, of {len(self.beside)}", "sha256": self.digest}
-
-    @hookimpl(wrapper=True)
-    def build_models(self, run: RunView) -> Generator[None, Models, Models]:
-        models = yield
-        root: Any = models.root
-        if self.beside is not None and root.get_output_embeddings() is None:
-            raise ConfigurationError(
-                "plugins.multitask.beside learns text, and the model of this stage has a head of one value, which "
-                "gives tokens no log-probs. Leave it out"
-            )
-        return models
 
     # A second data set beside the stage's
 
@@ -169,7 +168,9 @@ class Multitask:
             for task, groups in tasks(batch).items():
                 with memory.of(batch, groups) as part:
                     share = output if len(groups) == len(batch) else inner(part)
-                metrics |= {f"{task}/{name}": mean for name, mean in means(share, part).items()}
+                told = {f"{task}/{name}": mean for name, mean in means(share, part).items()}
+                check_task(task, output.metrics.keys() & told.keys())
+                metrics |= told
         return replace(output, metrics=metrics)
 
 
@@ -182,6 +183,27 @@ def sources(rows: Dataset) -> set[str]:
     if "place" in getattr(data, "column_names", ()):
         return {source_of(place) for place in data["place"][:]}
     return {source_of(data[0]["place"])} if len(rows) else set()
+
+
+def check_head(run: RunView) -> None:
+    """Refuse a stage whose model gives tokens no log-probs, by a ConfigurationError."""
+    if cast("Run", run).stage.head != "language":
+        raise ConfigurationError(
+            "plugins.multitask.beside learns text, and the model of this stage has a head of one value, which gives "
+            "tokens no log-probs. Leave it out"
+        )
+
+
+def check_task(task: str, twice: Collection[str] = ()) -> None:
+    """Refuse a task of which figures, `twice`, are called as those of the whole run are, by a ConfigurationError.
+
+    All that begins with `loss/` is the core's, which so tells the terms of a loss.
+    """
+    if task == "loss" or twice:
+        raise ConfigurationError(
+            f"plugins.multitask: figures of the source {task!r} would be called as those of the whole run are "
+            f"({', '.join(sorted(twice)) or 'loss/...'}). Give its file another name"
+        )
 
 
 def name_of(source: str) -> str:

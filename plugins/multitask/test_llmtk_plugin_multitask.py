@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from llmtk_plugin_multitask import BESIDE, carried, dealt, due, means, name_of
+from llmtk_plugin_multitask import BESIDE, carried, check_task, dealt, due, means, name_of
 from safetensors.torch import load_file
 
 import llmtk
-from llmtk import Batch, ConfigurationError, Group, LossOutput, Mean, Run, Term
+from llmtk import Batch, ConfigurationError, DatasetError, Group, LossOutput, Mean, Run, Term
 from llmtk.data import source_of
 from llmtk.training.order import shuffled
 
@@ -219,5 +219,22 @@ def test_evaluations_are_the_stages_own(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_refused(tmp_path: Path, stage: str, rows: Any, options: Any, said: str) -> None:
+    run = make(tmp_path, stage, rows, **options)
     with pytest.raises(ConfigurationError, match=said):
-        make(tmp_path, stage, rows, **options).train()
+        run.prepare()
+    assert not hasattr(run, "model"), "it is refused before a model is loaded"
+
+
+def test_a_source_whose_figures_have_the_names_of_others_is_refused(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{name}.jsonl", ANSWERS) for name in ("loss", "b")]
+    with pytest.raises(
+        ConfigurationError, match=r"'loss' would be called .*\(loss/\.\.\.\)\. Give its file another name"
+    ):
+        make(tmp_path / "run", "sft", files).prepare()
+    with pytest.raises(ConfigurationError, match=r"the source 'rewards' .* \(rewards/margins\)"):
+        check_task("rewards", {"rewards/margins"})
+
+
+def test_bad_rows_of_the_second_data_set_are_told_with_its_option(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"^plugins\.multitask\.beside\.data: "):
+        make(tmp_path, "dpo", PAIRS, beside={"data": str(tmp_path / "none.jsonl")}).prepare()

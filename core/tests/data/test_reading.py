@@ -131,7 +131,7 @@ def test_rows_of_several_formats_are_told_apart(tmp_path: Path) -> None:
     assert refusal(path) == (
         f"{path} mixes rows of 2 formats: {path}:1 is messages (its columns: messages); {path}:3 is prompt/completion "
         "(its columns: completion, prompt, source). Put the rows of each into a file of its own, and give them all: "
-        "data.train=[FIRST.jsonl, SECOND.jsonl]"
+        "[FIRST.jsonl, SECOND.jsonl]"
     )
 
 

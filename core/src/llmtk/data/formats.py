@@ -410,7 +410,7 @@ def refuse_mixed(kinds: Mapping[frozenset[str], str], row_types: Sequence[str], 
     if len(first) > 1:
         raise DatasetError(
             f"{where} mixes rows of {len(first)} formats: {'; '.join(first.values())}. Put the rows of each into a "
-            "file of its own, and give them all: data.train=[FIRST.jsonl, SECOND.jsonl]"
+            "file of its own, and give them all: [FIRST.jsonl, SECOND.jsonl]"
         )
 
 
