@@ -342,9 +342,10 @@ def _place(offer: Offer) -> tuple[str, list[str]]:
 def _unknown(group: str, name: str) -> str:
     known = sorted({offer.name for offer in offers(group)})
     kind = _kind(group)
-    parts = [f"Unknown {kind} {name!r}.{suggest(name, known)}"]
+    brought = _brought(group, name)
+    parts = [f"Unknown {kind} {name!r}.{'' if brought else suggest(name, known)}"]
     parts.append(f"Installed {kind}s: {', '.join(known)}." if known else f"No {kind} is installed.")
-    if brought := _brought(group, name):
+    if brought:
         parts.append(brought)
     elif group in _DISTRIBUTIONS and _plain(name) not in map(_plain, known):
         package = f"{_DISTRIBUTIONS[group]}{name}"
@@ -356,16 +357,14 @@ def _unknown(group: str, name: str) -> str:
 
 
 def _brought(group: str, name: str) -> str:
-    """Say what else an installed distribution brings whose name promises a stage or plugin; empty for none."""
+    """Say what an installed distribution brings in place of the stage or plugin of its name; empty where none does."""
     package = _plain(f"{_DISTRIBUTIONS.get(group, '')}{name}")
     offers = [offer for found in _scan().offers.values() for offer in found if _plain(offer.distribution) == package]
-    if group not in _DISTRIBUTIONS or not offers:
+    if group not in _DISTRIBUTIONS or not offers or any(offer.group == group for offer in offers):
         return ""
     kinds = sorted({offer.group for offer in offers})
-    things = [
-        f"the {_kind(each)}s {', '.join(offer.name for offer in offers if offer.group == each)}" for each in kinds
-    ]
-    return f"{offers[0].distribution} is installed: it brings {' and '.join(things)}, and no {_kind(group)} {name!r}"
+    things = [f"{_kind(each)}s ({', '.join(offer.name for offer in offers if offer.group == each)})" for each in kinds]
+    return f"{offers[0].distribution} is installed: it brings {' and '.join(things)}, and no {_kind(group)}"
 
 
 def _misnamed(offer: Offer, why: str) -> str:
