@@ -298,9 +298,9 @@ def test_other_plugins_that_keep_state_are_refused_and_all_listed(tmp_path):
 
 def test_other_plugins_of_the_configuration_are_refused(stopped):
     with pytest.raises(
-        ConfigurationError, match=r"other settings:\n  plugins\.early-stopping\.patience: None -> 3\nTake them back"
+        ConfigurationError, match=r"other settings:\n  plugins\.auxiliary-loss\.z_loss: None -> 0\.1\nTake them back"
     ):
-        make(stopped, plugins={"early-stopping": {"patience": 3}}, resume="auto").train()
+        make(stopped, plugins={"auxiliary-loss": {"z_loss": 0.1}}, resume="auto").train()
 
 
 def test_state_that_is_not_data_is_refused_with_the_plugins_name(tmp_path):
