@@ -12,6 +12,7 @@ import yaml
 from click.testing import CliRunner, Result
 from llmtk_convert.command import command
 from llmtk_convert.conversion import PEERS, Conversion, convert
+from llmtk_convert.llama_factory import source
 from llmtk_convert.reading import read_command, read_settings
 
 from llmtk import ConfigurationError
@@ -440,6 +441,77 @@ def test_data_sets_of_axolotl_are_read_by_their_type(rl: str | None, entry: Any,
     if rl == "dpo":
         assert found.prompt[-1] == ASK  # type: ignore[union-attr]
         assert found.chosen == [SAY]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("made", "key"),
+    [
+        (of("axolotl", base_model="m", datasets=[{"path": "a.jsonl", "split": "train[:10%]"}]), "datasets.split"),
+        (
+            of(
+                "axolotl",
+                base_model="m",
+                test_datasets=[{"path": "json", "data_files": "a.jsonl", "split": "train[90%:]"}],
+            ),
+            "test_datasets.split",
+        ),
+        (
+            of("trl", "sft", datasets=[{"path": "json", "data_files": "a.jsonl", "split": "train[:9%]"}]),
+            "datasets.split",
+        ),
+        (of("trl", "sft", dataset_name="a.jsonl", dataset_train_split="train[:9%]"), "dataset_train_split"),
+    ],
+)
+def test_a_split_of_a_file_is_told_since_files_are_read_whole(made: Conversion, key: str) -> None:
+    assert "of a.jsonl: a file is read whole; cut the file" in made.left[key]
+
+
+def test_a_split_of_a_file_that_is_all_of_it_and_one_of_the_hub_are_kept() -> None:
+    assert of("axolotl", base_model="m", datasets=[{"path": "a.jsonl", "split": "train"}]).left == {}
+    made = of("trl", "sft", datasets=[{"path": "a/b", "split": "train[:9%]"}])
+    assert made.config["data"]["train"] == [{"path": "a/b", "split": "train[:9%]"}]
+    assert made.left == {}
+    assert (
+        "give data.eval a file"
+        in of("trl", "sft", dataset_name="a.csv", dataset_test_split="t").left["dataset_test_split"]
+    )
+
+
+def test_keys_of_a_data_set_of_axolotl_that_a_source_has_not_are_told() -> None:
+    entry = {
+        "path": "a.jsonl", "type": "chat_template", "field_messages": "talk", "field_system": "sys",
+        "chat_template": "chatml", "roles": {"user": ["human", "q"], "assistant": "gpt"},
+        "message_property_mappings": {"role": "speaker", "content": "text"},
+    }  # fmt: skip
+    made = of("axolotl", base_model="m", datasets=[entry, {"path": "b.jsonl", "type": "mine.format"}])
+    assert made.config["data"]["train"][0]["columns"] == {"talk": "messages", "sys": "system"}
+    assert made.left["datasets.roles"].startswith("q (user): rename")
+    assert made.left["datasets.message_property_mappings"].startswith("speaker, text:")
+    assert made.left["datasets.chat_template"].startswith("chatml:")
+    assert made.left["datasets.type"].startswith("mine.format: unknown here")
+    usual = {"chat_template": "tokenizer_default", "roles": {"user": ["human"]}, "type": "sharegpt"}
+    assert of("axolotl", base_model="m", datasets=[{"path": "a.jsonl", **usual}]).left == {}
+
+
+def test_a_reward_model_of_axolotl_keeps_its_prompts(write: Write) -> None:
+    path = str(write(json.dumps({"system": "s", "input": "q", "chosen": "a", "rejected": "b"}), "rows.jsonl"))
+    data = [{"path": path, "type": "bradley_terry.chat_template"}]
+    made = of("axolotl", reward_model=True, base_model="m", datasets=data)
+    (row,) = read_splits(DataConfig.model_validate(made.config["data"]), get_stage("rm").row_types, seed=1).train
+    assert row.prompt == [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("tags", "told"),
+    [
+        ({"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"}, []),
+        ({"role_tag": "speaker", "content_tag": "text"}, ["tags.role_tag, tags.content_tag (speaker, text)"]),
+        ({"user_tag": "q"}, ["tags.user_tag"]),
+    ],
+)
+def test_tags_of_llama_factory_that_no_format_knows_are_told(tags: dict[str, str], told: list[str]) -> None:
+    entry = {"file_name": "a.json", "formatting": "sharegpt", "tags": tags}
+    assert source(entry, Path("data")) == ({"path": "data/a.json"}, told)
 
 
 # What is refused

@@ -26,9 +26,10 @@ from llmtk_convert.rules import (
     put,
     same,
     targets_of,
+    together,
 )
 from llmtk_convert.training_arguments import DEEPSPEED, LIGER, mapping, optimizer, strategy
-from llmtk_convert.trl import PROMPT_ROOM, attention, source, targets
+from llmtk_convert.trl import PROMPT_ROOM, attention, source, targets, uncut
 
 # Data sets
 
@@ -39,20 +40,23 @@ _BUILDERS = ("json", "csv", "parquet", "text")
 Columns = dict[str, str | None]
 
 
-def read_source(entry: Mapping[str, Any], method: Any = None) -> tuple[list[Any], list[str]]:
-    """Return an entry of `datasets` as sources of ours, and what of it is different or lost."""
+def read_source(entry: Mapping[str, Any], method: Any = None) -> tuple[list[Any], list[str], list[tuple[str, str]]]:
+    """Return an entry of `datasets` as sources of ours, what of it is different, and which of its keys are lost."""
     notes: list[str] = []
     columns = _columns(entry, method, notes)
+    lost = _lost(entry)
     path, files = str(entry.get("path", "")), as_list(entry.get("data_files") or [])
     if files and path not in (*_BUILDERS, *files):
         notes.append(f"data_files of {path}: give them as paths")
     if path in _BUILDERS:
         found = [source(str(file)) for file in files]
+        lost += [told for file in files for told in uncut(str(file), entry.get("split"))]
     else:
+        lost += uncut(path, entry.get("split"))
         found = [source(path, entry.get("name"), entry.get("split"), entry.get("revision"))]
-    lost = sorted(key for key in entry if key not in _READ and entry[key] not in (None, "", False))
-    notes += [f"without {', '.join(lost)}"] if lost else []
-    return [_with(item, columns) for item in found], notes
+    more = sorted(key for key in entry if key not in _READ and entry[key] not in (None, "", False))
+    notes += [f"without {', '.join(more)}"] if more else []
+    return [_with(item, columns) for item in found], notes, lost
 
 
 _READ = {
@@ -61,6 +65,47 @@ _READ = {
     "message_field_content", "text_column", "roles", "chat_template", "trust_remote_code", "conversation",
 }  # fmt: skip
 """Keys of an entry that are read here, or say what is so in any case."""
+_KNOWN_TYPES = (
+    "chat_template", "sharegpt", "completion", "pretrain", "alpaca", "chatml", "llama3", "zephyr", "bradley_terry",
+)  # fmt: skip
+_USUAL_ROLES = {
+    "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system", "tool": "tool",
+}  # fmt: skip
+"""Names of those who speak, and whose turns they are."""
+
+
+def _lost(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the keys of an entry that ask for what a source cannot do, and why."""
+    told: list[tuple[str, str]] = []
+    kind = entry.get("type")
+    if isinstance(kind, str) and kind.partition(".")[0] not in _KNOWN_TYPES:
+        told.append(("type", f"{kind}: unknown here; say by columns what its columns are (docs: data)"))
+    if entry.get("chat_template") not in (None, "", "tokenizer_default"):
+        told.append(("chat_template", f"{entry['chat_template']}: one template for all rows, data.template"))
+    roles = {str(name): ours for ours, names in (entry.get("roles") or {}).items() for name in as_list(names)}
+    if unusual := [f"{name} ({ours})" for name, ours in roles.items() if _USUAL_ROLES.get(name) != ours]:
+        told.append(("roles", f"{', '.join(unusual)}: rename them in the data to user, assistant, system or tool"))
+    names = _names_of_turns(entry)
+    if names not in (("role", "content"), ("from", "value")):
+        told.append(
+            ("message_property_mappings", f"{', '.join(names)}: a turn has role and content, or from and value")
+        )
+    return told
+
+
+def _names_of_turns(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what the keys of a turn are called: who speaks, and what."""
+    named = entry.get("message_property_mappings") or {}
+    role = named.get("role") or entry.get("message_field_role")
+    content = named.get("content") or entry.get("message_field_content")
+    from_value = role == "from" or (role is None and _field(entry) == "conversations")
+    usual = ("from", "value") if from_value else ("role", "content")
+    return str(role or usual[0]), str(content or usual[1])
+
+
+def _field(entry: Mapping[str, Any]) -> str:
+    """Return the column of the turns."""
+    return str(entry.get("field_messages") or ("conversations" if entry.get("type") == "sharegpt" else "messages"))
 
 
 def _with(item: Any, columns: Columns) -> Any:
@@ -85,8 +130,7 @@ def _columns(entry: Mapping[str, Any], method: Any, notes: list[str]) -> Columns
         return {}
     if name in ("chatml", "llama3", "zephyr"):
         return _preferences(str(kind), method, notes)
-    notes.append(f"type {kind}: say by columns what its columns are (docs: data)")
-    return {}
+    return {"input": "instruction"} if name == "bradley_terry" else {}
 
 
 def _preferences(kind: str, method: Any, notes: list[str]) -> Columns:
@@ -102,15 +146,14 @@ def _preferences(kind: str, method: Any, notes: list[str]) -> Columns:
 
 
 def _messages(entry: Mapping[str, Any], *, preferences: bool) -> Columns:
-    named = entry.get("message_property_mappings") or {}
-    role = named.get("role") or entry.get("message_field_role")
-    field = str(entry.get("field_messages") or ("conversations" if entry.get("type") == "sharegpt" else "messages"))
+    field = _field(entry)
     if preferences:
         answers: Columns = {str(entry.get(f"field_{name}") or name): name for name in ("chosen", "rejected")}
         return {field: "prompt", **answers}
-    ours = "conversations" if role == "from" or (role is None and field == "conversations") else "messages"
+    ours = "conversations" if _names_of_turns(entry)[0] == "from" else "messages"
     tools: Columns = {str(entry["field_tools"]): "tools"} if entry.get("field_tools") else {}
-    return {field: ours, **tools}
+    system: Columns = {str(entry["field_system"]): "system"} if entry.get("field_system") else {}
+    return {field: ours, **tools, **system}
 
 
 _FIELDS = {
@@ -137,11 +180,14 @@ def _sets(key: str) -> By:
     def rule(value: Any, settings: Settings) -> Answer:
         sources: list[Any] = []
         notes: list[str] = []
+        lost: list[tuple[str, str]] = []
         for entry in as_list(value):
-            found, told = read_source(entry if isinstance(entry, Mapping) else {"path": entry}, settings.get("rl"))
+            one = entry if isinstance(entry, Mapping) else {"path": entry}
+            found, told, without = read_source(one, settings.get("rl"))
             sources += found
+            lost += without
             notes += [note for note in told if note not in notes]
-        return put({key: sources[0] if len(sources) == 1 else sources}, "; ".join(notes))
+        return put({key: sources[0] if len(sources) == 1 else sources}, "; ".join(notes), together(lost))
 
     return By(rule, key)
 

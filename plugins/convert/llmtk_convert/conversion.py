@@ -102,6 +102,7 @@ def _carry(made: Conversion, method: Method, settings: Settings, stage: type[Sta
         if unused := _not_honoured(values, stage):
             answer, values = leave(f"{made.stage} does not use {unused}"), {}
         flat |= values
+        made.left |= {f"{key}.{part}": why for part, why in answer.lost.items()}
         if not answer.carried:
             made.left[key] = answer.note
         elif answer.note:

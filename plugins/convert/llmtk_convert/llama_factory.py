@@ -25,12 +25,22 @@ from llmtk_convert.rules import (
     put,
 )
 from llmtk_convert.training_arguments import DEFAULTS, LIGER, TRAINING_ARGUMENTS
-from llmtk_convert.trl import revision, targets
+from llmtk_convert.trl import revision, targets, uncut
 
 # Data sets
 
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
 _SHARED_COLUMNS = ("system", "tools", "history", "chosen", "rejected")
+_TURNS = (("from", "value"), ("role", "content"))
+"""What the keys of a turn may be called: who speaks, and what."""
+_USUAL_TAGS = {
+    "user_tag": ("user", "human"),
+    "assistant_tag": ("assistant", "gpt"),
+    "system_tag": ("system",),
+    "observation_tag": ("observation", "tool"),
+    "function_tag": ("function_call",),
+}
+"""Names of those who speak that our formats know."""
 
 
 def source(entry: Mapping[str, Any], folder: Path, *, texts: bool = False) -> tuple[dict[str, Any], list[str]]:
@@ -44,6 +54,7 @@ def source(entry: Mapping[str, Any], folder: Path, *, texts: bool = False) -> tu
         found: dict[str, Any] = {"path": hub, "name": entry.get("subset"), "split": entry.get("split", "train")}
     elif "file_name" in entry:
         found = {"path": str(folder / str(entry["file_name"]))}
+        lost += [f"{part}: {why}" for part, why in uncut(found["path"], entry.get("split"))]
     else:
         where = next(iter(set(entry) & {"ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"}), "")
         found = {"path": str(entry.get(where, ""))}
@@ -59,8 +70,9 @@ def _columns(entry: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     """Return columns of the data by our names, and columns and tags that we have no names for."""
     given, tags = dict(entry.get("columns") or {}), dict(entry.get("tags") or {})
     spoken = entry.get("formatting") in ("sharegpt", "openai")
-    roles = (tags.pop("role_tag", None), tags.pop("content_tag", None))
+    roles = (tags.pop("role_tag", "from"), tags.pop("content_tag", "value"))
     messages = "messages" if entry.get("formatting") == "openai" or roles == ("role", "content") else "conversations"
+    turns = [] if roles in _TURNS else [f"tags.role_tag, tags.content_tag ({roles[0]}, {roles[1]})"]
     names = {"messages": messages} if spoken else dict(_ALPACA)
     if "kto_tag" in given and not spoken:
         names = {"prompt": "prompt", "response": "completion"}
@@ -68,8 +80,8 @@ def _columns(entry: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     usual = {"messages": "conversations"} if spoken else {}
     columns = {str(old): names[name] for name, old in (usual | given).items() if name in names and old}
     unknown = [f"columns.{name}" for name in given if name not in names]
-    usual_tags = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
-    return columns, unknown + [f"tags.{name}" for name, value in tags.items() if usual_tags.get(name) != value]
+    odd = [f"tags.{name}" for name, value in tags.items() if value not in _USUAL_TAGS.get(name, ())]
+    return columns, unknown + turns + odd
 
 
 def catalog(settings: Settings, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -6,7 +6,7 @@ one of the classes below. `STAGE.` in our key stands for the section of the stag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +23,22 @@ class Answer:
     note: str = ""
     """What is different in meaning; or why it is not carried over."""
     carried: bool = True
+    lost: Mapping[str, str] = field(default_factory=dict)
+    """Parts of the value that are not carried over, and why."""
 
 
-def put(values: Mapping[str, Any], note: str = "") -> Answer:
-    """Carry a key over; with a note, by another meaning."""
-    return Answer(values, note)
+def put(values: Mapping[str, Any], note: str = "", lost: Mapping[str, str] | None = None) -> Answer:
+    """Carry a key over; with a note, by another meaning; without the parts that are lost."""
+    return Answer(values, note, lost=lost or {})
+
+
+def together(told: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return parts of a value -> why they are lost, of several sources; the same is told once."""
+    found: dict[str, list[str]] = {}
+    for part, why in told:
+        if why not in found.setdefault(part, []):
+            found[part].append(why)
+    return {part: "; ".join(reasons) for part, reasons in found.items()}
 
 
 def leave(why: str) -> Answer:

@@ -23,6 +23,7 @@ from llmtk_convert.rules import (
     leave,
     left,
     put,
+    together,
 )
 from llmtk_convert.training_arguments import DEFAULTS, TRAINING_ARGUMENTS, evaluates, mapping
 
@@ -31,9 +32,21 @@ from llmtk_convert.training_arguments import DEFAULTS, TRAINING_ARGUMENTS, evalu
 FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".ndjson", ".tsv")
 
 
+def is_file(path: str) -> bool:
+    """Tell a file of rows from a data set of the hub, and from a folder."""
+    return path.endswith(FILES)
+
+
+def uncut(path: str, split: Any) -> list[tuple[str, str]]:
+    """Say that a file is read whole, where a split asks for some of its rows."""
+    if not is_file(path) or split in (None, "train"):
+        return []
+    return [("split", f"{split} of {path}: a file is read whole; cut the file, or its other rows are read too")]
+
+
 def source(path: str, name: str | None = None, split: str | None = None, revision: str | None = None) -> Any:
     """Return a source of rows; a file is its path alone."""
-    if path.endswith(FILES):
+    if is_file(path):
         return path
     more = {"name": name, "split": split, "revision": revision}
     return {"path": path, **{key: value for key, value in more.items() if value}}
@@ -44,7 +57,7 @@ def _dataset(value: Any, settings: Settings) -> Answer:
         return leave("`datasets` goes first, there too")
     path, name = str(value), settings.get("dataset_config")
     values = {"data.train": source(path, name, str(settings.get("dataset_train_split", "train")))}
-    if evaluates(settings) and not path.endswith(FILES):
+    if evaluates(settings) and not is_file(path):
         values["data.eval"] = source(path, name, str(settings.get("dataset_test_split", "test")))
     return put(values)
 
@@ -53,17 +66,30 @@ def _with_dataset(value: Any, settings: Settings) -> Answer:
     return NOTHING if settings.get("dataset_name") else leave("it is used with dataset_name alone")
 
 
+def _train_split(value: Any, settings: Settings) -> Answer:
+    told = uncut(str(settings.get("dataset_name", "")), value)
+    return leave(told[0][1]) if told else _with_dataset(value, settings)
+
+
+def _test_split(value: Any, settings: Settings) -> Answer:
+    if is_file(str(settings.get("dataset_name", ""))):
+        return leave("a file is read whole; give data.eval a file of its own, or a share (0.1)")
+    return _with_dataset(value, settings)
+
+
 def _mixture(value: Any, settings: Settings) -> Answer:
     if not value:
         return NOTHING
     sources, lost = [], set()
+    whole: list[tuple[str, str]] = []
     for item in as_list(mapping(value)):
         files = item.get("data_files")
         paths = as_list(files) if isinstance(files, str | list) else [item["path"]]
         sources += [source(str(path), item.get("name"), item.get("split", "train")) for path in paths]
         lost |= {key for key in ("columns", "fraction", "data_dir") if item.get(key)}
+        whole += [told for path in paths for told in uncut(str(path), item.get("split"))]
     note = f"without {', '.join(sorted(lost))}; weight: says how often a source's rows come" if lost else ""
-    return put({"data.train": sources}, note)
+    return put({"data.train": sources}, note, together(whole))
 
 
 def _test_share(value: Any, settings: Settings) -> Answer:
@@ -184,8 +210,8 @@ COMMON: dict[str, Rule] = {
     "use_bnb_nested_quant": _of_4bit("model.bnb_4bit_use_double_quant"),
     "dataset_name": By(_dataset, "data.train", "data.eval"),
     "dataset_config": By(_with_dataset),
-    "dataset_train_split": By(_with_dataset),
-    "dataset_test_split": By(_with_dataset),
+    "dataset_train_split": By(_train_split),
+    "dataset_test_split": By(_test_split),
     "dataset_streaming": "data.streaming",
     "streaming": "data.streaming",
     "datasets": By(_mixture, "data.train"),
