@@ -326,6 +326,42 @@ def test_freezing_continuing_and_proximal_policies() -> None:
     assert "peft" not in made.config
 
 
+@pytest.mark.parametrize(
+    ("asked", "train"),
+    [
+        ({"do_train": True}, {}),
+        ({"do_train": False, "do_eval": True}, {"do_train": False, "eval_strategy": "epoch"}),
+        ({"do_eval": True}, {"do_train": False, "eval_strategy": "epoch"}),
+        ({"do_train": False, "eval_strategy": "steps"}, {"do_train": False, "eval_strategy": "steps"}),
+        ({"do_train": True, "do_eval": True, "eval_strategy": "no"}, {"eval_strategy": "epoch"}),
+        ({"do_train": True, "do_eval": False}, {"eval_strategy": "no"}),
+        ({"do_train": True, "do_predict": True}, {"do_predict": True}),
+    ],
+)
+def test_llama_factory_trains_evaluates_and_predicts_what_is_asked(
+    asked: dict[str, Any], train: dict[str, Any]
+) -> None:
+    made = of("llama-factory", model_name_or_path="builtin", **asked).config["train"]
+    wanted = ("do_train", "do_eval", "do_predict", "eval_strategy")
+    assert {key: made[key] for key in wanted if key in made} == train
+
+
+def test_what_is_predicted_is_the_data_of_evaluation_and_a_file_that_trains_nothing_names_its_command() -> None:
+    shared = {"model_name_or_path": "builtin", "dataset_dir": "ONLINE", "dataset": "a", "eval_dataset": "b"}
+    rows = [{"path": "b", "split": "train"}]
+    data = of("llama-factory", **shared, do_train=True, do_predict=True).config["data"]
+    assert (data.get("eval"), data["test"]) == (None, rows)
+    data = of("llama-factory", **shared, do_train=True, do_predict=True, eval_strategy="epoch").config["data"]
+    assert (data["eval"], data["test"]) == (rows, rows)
+    assert of("llama-factory", **shared).remarks[0].startswith("do_train is not given")
+    with pytest.raises(ConfigurationError, match="llmtk predict builtin --data FILE"):
+        of("llama-factory", **shared, do_predict=True)
+    with pytest.raises(ConfigurationError, match="llmtk export RUN --merge --output out"):
+        of("llama-factory", model_name_or_path="m", export_dir="out")
+    with pytest.raises(ConfigurationError, match="llmtk chat saves/a, or llmtk predict saves/a --data FILE"):
+        of("llama-factory", model_name_or_path="m", adapter_name_or_path="saves/a", infer_backend="huggingface")
+
+
 # axolotl
 
 

@@ -18,13 +18,14 @@ from llmtk_convert.rules import (
     Rule,
     Settings,
     To,
+    apply,
     as_list,
     done,
     leave,
     left,
     put,
 )
-from llmtk_convert.training_arguments import DEFAULTS, LIGER, TRAINING_ARGUMENTS
+from llmtk_convert.training_arguments import DEFAULTS, LIGER, TRAINING_ARGUMENTS, evaluates, strategy
 from llmtk_convert.trl import revision, targets, uncut
 
 # Data sets
@@ -99,6 +100,22 @@ def catalog(settings: Settings, folder: Path) -> tuple[dict[str, Any], dict[str,
     return made, lost
 
 
+def _evaluation_keys(settings: Settings) -> list[str]:
+    """Return our keys for the rows of evaluation: with do_predict they are those that are answered, too."""
+    if not settings.get("do_predict"):
+        return ["data.eval"]
+    return ["data.eval", "data.test"] if settings.get("do_eval") or evaluates(settings) else ["data.test"]
+
+
+def _evaluation_sets(value: Any, settings: Settings) -> Answer:
+    answer = apply(_sets("data.eval"), value, settings)
+    if not answer.carried or not settings.get("do_predict"):
+        return answer
+    rows = dict.fromkeys(_evaluation_keys(settings), answer.put["data.eval"])
+    catalog_file = {key: path for key, path in answer.put.items() if key == "data.catalog"}
+    return put({**rows, **catalog_file}, f"{answer.note}; train.do_predict answers the rows of data.test".lstrip("; "))
+
+
 def _sets(key: str) -> By:
     def rule(value: Any, settings: Settings) -> Answer:
         folder = Path(str(settings.get("dataset_dir", "data")))
@@ -122,6 +139,28 @@ def _sets(key: str) -> By:
 
 
 # Other keys
+
+
+def _trains(value: Any, settings: Settings) -> Answer:
+    return NOTHING if value else put({"train.do_train": False})
+
+
+def _evaluates(value: Any, settings: Settings) -> Answer:
+    """Evaluate, also where no strategy says when: there once, after training."""
+    if evaluates(settings):
+        return NOTHING
+    if not value:
+        return put({"train.eval_strategy": "no"})
+    trains = settings.get("do_train")
+    return put(
+        {"train.eval_strategy": "epoch"}, "at each epoch's end; there once, when training is over" if trains else ""
+    )
+
+
+def _eval_strategy(value: Any, settings: Settings) -> Answer:
+    if not evaluates(settings) and settings.get("do_eval"):
+        return NOTHING
+    return apply(strategy("eval"), value, settings)
 
 
 def _continues(settings: Settings) -> bool:
@@ -242,6 +281,11 @@ _PACKED = (
 COMMON: dict[str, Rule] = {
     **TRAINING_ARGUMENTS,
     "stage": Done(),
+    "do_train": By(_trains, "train.do_train"),
+    "do_eval": By(_evaluates, "train.eval_strategy"),
+    "eval_strategy": By(_eval_strategy, "train.eval_strategy"),
+    "evaluation_strategy": By(_eval_strategy, "train.eval_strategy"),
+    "do_predict": "train.do_predict",
     "model_name_or_path": By(_model, "model.name_or_path"),
     "adapter_name_or_path": By(_adapter_path, "model.name_or_path", "peft.method"),
     "create_new_adapter": Done("read with adapter_name_or_path"),
@@ -266,7 +310,7 @@ COMMON: dict[str, Rule] = {
     "use_dora": _adapter("peft.use_dora"),
     "use_muon": _when("train.optim", "muon"),
     "dataset": _sets("data.train"),
-    "eval_dataset": _sets("data.eval"),
+    "eval_dataset": By(_evaluation_sets, "data.eval", "data.test", "data.catalog"),
     "dataset_dir": Done("read with dataset"),
     "cutoff_len": "data.max_length",
     "val_size": By(_share, "data.eval"),
@@ -486,6 +530,13 @@ _PPO: dict[str, Rule] = {
 }
 _RM: dict[str, Rule] = {**COMMON, "lora_dropout": _DROPOUT}
 
+
+def _remarks(settings: Settings) -> list[str]:
+    if settings.get("do_train") is not None:
+        return []
+    return ["do_train is not given: there nothing is trained without it, here a run trains"]
+
+
 _DEFAULTS = DEFAULTS | {
     "train.gradient_checkpointing": True,
     "peft.method": "lora",
@@ -494,14 +545,14 @@ _DEFAULTS = DEFAULTS | {
     "data.max_length": 2048,
 }
 METHODS = {
-    "pt": Method("pt", COMMON, _DEFAULTS),
-    "sft": Method("sft", _SFT, _DEFAULTS),
-    "rm": Method("rm", _RM, _DEFAULTS),
-    "dpo": Method("dpo", _DPO, _DEFAULTS),
-    "dpo, pref_loss: ipo": Method("ipo", _IPO, _DEFAULTS),
-    "dpo, pref_loss: orpo": Method("orpo", _ORPO, _DEFAULTS),
-    "dpo, pref_loss: simpo": Method("simpo", _SIMPO, _DEFAULTS | {"STAGE.beta": 0.1, "STAGE.gamma": 0.5}),
-    "kto": Method("kto", _KTO, _DEFAULTS),
+    "pt": Method("pt", COMMON, _DEFAULTS, _remarks),
+    "sft": Method("sft", _SFT, _DEFAULTS, _remarks),
+    "rm": Method("rm", _RM, _DEFAULTS, _remarks),
+    "dpo": Method("dpo", _DPO, _DEFAULTS, _remarks),
+    "dpo, pref_loss: ipo": Method("ipo", _IPO, _DEFAULTS, _remarks),
+    "dpo, pref_loss: orpo": Method("orpo", _ORPO, _DEFAULTS, _remarks),
+    "dpo, pref_loss: simpo": Method("simpo", _SIMPO, _DEFAULTS | {"STAGE.beta": 0.1, "STAGE.gamma": 0.5}, _remarks),
+    "kto": Method("kto", _KTO, _DEFAULTS, _remarks),
     "ppo": Method(
         "ppo",
         _PPO,
@@ -515,13 +566,34 @@ METHODS = {
             "STAGE.max_completion_length": 1024,
             "data.max_length": 3072,
         },
+        _remarks,
     ),
 }
 NAMES = tuple(name for name in METHODS if "," not in name)
 
 
+def prepare(settings: Settings) -> Settings:
+    """Say do_train, which is off there unless told otherwise, where a file asks for something else alone."""
+    others = any(settings.get(key) for key in ("do_eval", "do_predict"))
+    return {**settings, "do_train": False} if others and settings.get("do_train") is None else settings
+
+
+def _another_command(settings: Settings) -> str:
+    """Say which command of ours does what a file asks for that is no training, if so."""
+    model = settings.get("adapter_name_or_path") or settings.get("model_name_or_path") or "MODEL"
+    if settings.get("stage") is None and settings.get("export_dir"):
+        return f"it exports a model, and trains none: llmtk export RUN --merge --output {settings['export_dir']}"
+    if settings.get("stage") is None and settings.get("infer_backend"):
+        return f"it asks a model, and trains none: llmtk chat {model}, or llmtk predict {model} --data FILE"
+    if settings.get("do_predict") and not settings.get("do_train"):
+        return f"do_predict without do_train asks a model, and trains none: llmtk predict {model} --data FILE"
+    return ""
+
+
 def choose(settings: Settings, method: str | None) -> str:
-    """Return the method that `stage` and `pref_loss` name."""
+    """Return the method that `stage` and `pref_loss` name. A file that trains nothing is another command's."""
+    if command := _another_command(settings):
+        raise ConfigurationError(command)
     name = str(method or settings.get("stage", "sft"))
     if name not in NAMES:
         raise ConfigurationError(
@@ -537,4 +609,4 @@ def choose(settings: Settings, method: str | None) -> str:
     return special if special in METHODS else name
 
 
-PEER = Peer("llama-factory", "LLaMA-Factory", "0.9.5", METHODS, choose)
+PEER = Peer("llama-factory", "LLaMA-Factory", "0.9.5", METHODS, choose, prepare)
