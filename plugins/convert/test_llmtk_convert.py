@@ -362,6 +362,32 @@ def test_what_is_predicted_is_the_data_of_evaluation_and_a_file_that_trains_noth
         of("llama-factory", model_name_or_path="m", adapter_name_or_path="saves/a", infer_backend="huggingface")
 
 
+@pytest.mark.parametrize("stage", ["dpo", "kto", "ppo"])
+def test_an_adapter_that_is_trained_on_has_its_base_as_reference(stage: str) -> None:
+    shared = {"stage": stage, "model_name_or_path": "base", "adapter_name_or_path": "saves/sft"}
+    assert of("llama-factory", **shared).config["model"] == {"name_or_path": "saves/sft", "reference": "base"}
+    assert of("llama-factory", **shared, ref_model="ours").config["model"]["reference"] == "ours"
+    assert "reference" not in of("llama-factory", **(shared | {"stage": "rm"})).config["model"]
+    assert "reference" not in of("llama-factory", **(shared | {"stage": "dpo"}), pref_loss="orpo").config["model"]
+
+
+def test_pure_bf16_computes_in_bfloat16_and_a_rank_that_is_no_number_is_told_as_it_stands() -> None:
+    made = of("llama-factory", pure_bf16=True, bf16=False)
+    assert made.config["model"] == {"dtype": "bfloat16"}
+    assert made.config["train"]["bf16"] is True
+    assert of("llama-factory", pure_bf16=True).config["train"]["bf16"] is True
+    with pytest.raises(ConfigurationError, match=r"peft\.r: expected a whole number, got .eight"):
+        of("llama-factory", lora_rank="eight")
+
+
+def test_what_a_run_never_does_is_told() -> None:
+    assert "never overwrites" in of("llama-factory", overwrite_output_dir=True).left["overwrite_output_dir"]
+    assert of("llama-factory", overwrite_output_dir=False).left == {}
+    made = of("axolotl", base_model="m", shuffle_merged_datasets=False)
+    assert "an order drawn from the seed" in made.left["shuffle_merged_datasets"]
+    assert of("axolotl", base_model="m", shuffle_merged_datasets=True).left == {}
+
+
 # axolotl
 
 
@@ -437,7 +463,7 @@ def test_methods_of_axolotl_choose_their_stage(settings: dict[str, Any], stage: 
     if stage == "grpo":
         assert made.config["train"]["per_device_train_batch_size"] == 2
         assert made.config["grpo"] == {
-            "num_generations": 4, "beta": 0.1, "kl_correction": True, "max_completion_length": 512,
+            "num_generations": 4, "beta": 0.1,
         }  # fmt: skip
 
 
@@ -548,6 +574,14 @@ def test_a_reward_model_of_axolotl_keeps_its_prompts(write: Write) -> None:
 def test_tags_of_llama_factory_that_no_format_knows_are_told(tags: dict[str, str], told: list[str]) -> None:
     entry = {"file_name": "a.json", "formatting": "sharegpt", "tags": tags}
     assert source(entry, Path("data")) == ({"path": "data/a.json"}, told)
+
+
+def test_grpo_of_axolotl_takes_what_its_own_trl_takes() -> None:
+    made = of("axolotl", rl="grpo", base_model="m", sequence_len=512, trl={"beta": 0.1, "use_bias_correction_kl": True})
+    assert made.config["grpo"] == {"beta": 0.1, "kl_correction": True}
+    assert made.config["data"]["max_length"] == 1280
+    assert of("axolotl", rl="grpo", base_model="m", rl_beta=0.1).config["grpo"]["beta"] == 0.1
+    assert "kl_correction" not in of("axolotl", rl="grpo", base_model="m", rl_beta=0.1).config["grpo"]
 
 
 # What is refused

@@ -503,7 +503,7 @@ COMMON: dict[str, Rule] = {
         "total_supervised_tokens sample_packing_eff_est axolotl_config_path is_falcon_derived_model",
         "is_llama_derived_model is_mistral_derived_model is_qwen_derived_model low_cpu_mem_usage",
         "pad_to_sequence_len pad_to_multiple_of gradient_checkpointing_kwargs dataloader_prefetch_factor",
-        "shuffle_merged_datasets shuffle_before_merging_datasets lora_on_cpu tokenizer_save_jinja_files",
+        "shuffle_before_merging_datasets lora_on_cpu tokenizer_save_jinja_files",
         "do_causal_lm_eval hf_use_auth_token dpo_use_logits_to_keep push_dataset_to_hub save_first_step",
         "peft_autocast_adapter_dtype merge_lora merge_method trl vllm capabilities env_capabilities",
         "dataset_shard_num dataset_shard_idx num_dataset_shards_to_save eval_table_size eval_max_new_tokens",
@@ -517,6 +517,7 @@ COMMON: dict[str, Rule] = {
         "pretrain_multipack_buffer_size pretrain_multipack_attn pretraining_sample_concatenation",
         "streaming_multipack_buffer_size max_packed_sequence_len",
     ),
+    **left("rows come in an order drawn from the seed", "shuffle_merged_datasets", off=(True,)),
     **left("rows come in an order drawn from the seed; see llmtk-plugin-curriculum", "curriculum_sampling"),
     **left(
         "a checkpoint of another program cannot be gone on with",
@@ -715,9 +716,9 @@ _AS_TRL = {"micro_batch_size": "per_device_train_batch_size", "eval_batch_size":
 
 
 def _seen_by_trl(settings: Settings) -> dict[str, Any]:
-    """Return the settings by TRL's names."""
+    """Return the settings by TRL's names, with what axolotl's TRL, 1.9, takes where nothing is said."""
     shared = {_AS_TRL.get(key, key): value for key, value in settings.items()}
-    usual = {"per_device_train_batch_size": 1}
+    usual = {"per_device_train_batch_size": 1, "use_bias_correction_kl": False}
     return usual | shared | {key.removeprefix("trl."): settings[key] for key in settings if key.startswith("trl.")}
 
 
@@ -730,6 +731,8 @@ def _of_trl(*names: str) -> dict[str, Rule]:
     return {f"trl.{name}": _as_trl(name) for name in " ".join(names).split()}
 
 
+_COMPLETION = 256
+"""Tokens of a completion, at most, where nothing is said."""
 _ASYNC = "completions are written, rewarded and learnt from in turns"
 _GRPO: dict[str, Rule] = {
     **COMMON,
@@ -761,7 +764,7 @@ _GRPO: dict[str, Rule] = {
     "trl.skip_zero_advantage_batches": Done("a step of which nothing is left is skipped and counted"),
     "sequence_len": By(
         lambda value, s: put(
-            {"data.max_length": max(value, int(s.get("trl.max_completion_length") or 512) + PROMPT_ROOM)},
+            {"data.max_length": max(value, int(s.get("trl.max_completion_length") or _COMPLETION) + PROMPT_ROOM)},
             "holds prompt and completion",
         ),
         "data.max_length",
@@ -787,7 +790,7 @@ METHODS = {
     "kto": Method("kto", _KTO, _DEFAULTS),
     "orpo": Method("orpo", _ORPO, _DEFAULTS | {"STAGE.nll_on": "all"}),
     "simpo": Method("simpo", _SIMPO, _DEFAULTS | {"STAGE.beta": 0.1, "STAGE.gamma": 0.5, "STAGE.nll_alpha": 1.0}),
-    "grpo": Method("grpo", _GRPO, _CUT | {"train.disable_dropout": False, "STAGE.max_completion_length": 512}),
+    "grpo": Method("grpo", _GRPO, _CUT | {"train.disable_dropout": False, "STAGE.max_completion_length": _COMPLETION}),
     "reward_model": Method("rm", _RM, _DEFAULTS),
 }
 

@@ -187,7 +187,8 @@ def _adapter(key: str, value: Any = lambda value: value) -> By:
 def _rank(value: Any, settings: Settings) -> Answer:
     if why := _no_adapter(settings):
         return leave(why)
-    return put({"peft.r": value, "peft.lora_alpha": settings.get("lora_alpha") or 2 * value})
+    alpha = settings.get("lora_alpha") or (2 * value if isinstance(value, int) else None)
+    return put({"peft.r": value} | ({} if alpha is None else {"peft.lora_alpha": alpha}))
 
 
 def _kept_dropout(value: Any, settings: Settings) -> Answer:
@@ -219,6 +220,18 @@ def _adapter_path(value: Any, settings: Settings) -> Answer:
     if not _continues(settings):
         return leave("one adapter is trained on, on its base; merge the others first (llmtk export --merge)")
     return put({"model.name_or_path": str(as_list(value)[0])}, "an adapter's folder: it is trained on, on its base")
+
+
+def _adapter_and_reference(value: Any, settings: Settings) -> Answer:
+    """Train an adapter on, against its base: there the reference is the policy without its adapter."""
+    answer = _adapter_path(value, settings)
+    base = settings.get("model_name_or_path")
+    if not answer.carried or not base or settings.get("ref_model"):
+        return answer
+    return put(
+        {**answer.put, "model.reference": base},
+        f"{answer.note}; the reference is the base without it, as there",
+    )
 
 
 def _model(value: Any, settings: Settings) -> Answer:
@@ -296,7 +309,12 @@ COMMON: dict[str, Rule] = {
     "quantization_method": Done("read with quantization_bit"),
     "quantization_type": _of_4bit("model.bnb_4bit_quant_type"),
     "double_quantization": _of_4bit("model.bnb_4bit_use_double_quant"),
-    "pure_bf16": _when("model.dtype", "bfloat16"),
+    "pure_bf16": By(
+        lambda value, settings: put({"model.dtype": "bfloat16", "train.bf16": True}) if value else NOTHING,
+        "model.dtype",
+        "train.bf16",
+    ),
+    "bf16": By(lambda value, settings: put({"train.bf16": bool(value or settings.get("pure_bf16"))}), "train.bf16"),
     "disable_gradient_checkpointing": To("train.gradient_checkpointing", lambda value: not value),
     "use_reentrant_gc": Done("activations are computed anew without reentrance"),
     "finetuning_type": By(_kind, "peft.method", "model.train_only"),
@@ -439,8 +457,10 @@ _SFT: dict[str, Rule] = {
     "use_dft_loss": _when("STAGE.loss", "dft"),
 }
 _NO_DROPOUT = By(lambda value, settings: leave("dropout is off for preferences there too") if value else NOTHING)
+_POLICY_ADAPTER = By(_adapter_and_reference, "model.name_or_path", "peft.method", "model.reference")
 _REFERENCE: dict[str, Rule] = {
     "ref_model": "model.reference",
+    "adapter_name_or_path": _POLICY_ADAPTER,
     **left(
         "the reference is the policy as the run starts, or model.reference",
         "ref_model_adapters",
@@ -514,6 +534,7 @@ _PPO: dict[str, Rule] = {
     "ppo_target": "STAGE.kl_target",
     "ppo_whiten_rewards": "STAGE.whiten_rewards",
     "ref_model": "model.reference",
+    "adapter_name_or_path": _POLICY_ADAPTER,
     **left("scores are taken as they are", "ppo_score_norm"),
     **left(
         "a round is per_device_train_batch_size x gradient_accumulation_steps prompts on each rank; ppo.mini_batches "

@@ -183,6 +183,7 @@ TRAINING_ARGUMENTS: dict[str, Rule] = {
     "fsdp": FSDP,
     "fsdp_config": FSDP_CONFIG,
     "deepspeed": DEEPSPEED,
+    **left("a run never overwrites another: remove its folder, or give another output_dir", "overwrite_output_dir"),
     **left("a checkpoint of another program cannot be gone on with", "resume_from_checkpoint"),
     **left(
         _HUB,
@@ -191,7 +192,7 @@ TRAINING_ARGUMENTS: dict[str, Rule] = {
     **left("a token stands in the environment (HF_TOKEN), never in a configuration", "hub_token", "push_to_hub_token"),
     **done(
         _NO_KEY,
-        "hub_strategy hub_always_push overwrite_output_dir prediction_loss_only label_names do_train do_eval",
+        "hub_strategy hub_always_push prediction_loss_only label_names do_train do_eval",
         "remove_unused_columns disable_tqdm logging_strategy logging_first_step average_tokens_across_devices",
         "logging_nan_inf_filter save_safetensors past_index use_cache eval_do_concat_batches",
         "eval_accumulation_steps eval_use_gather_object no_cuda debug include_for_metrics batch_eval_metrics",
