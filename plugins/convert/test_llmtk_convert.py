@@ -120,7 +120,37 @@ def test_a_command_line_of_trl_is_read_with_its_file(write: Write) -> None:
     ],
 )
 def test_a_method_is_found_however_trl_is_started(words: str) -> None:
-    assert read_command(words.split(), PEERS["trl"].keys) == ("dpo", {"beta": 0.2})
+    assert read_command(words.split(), PEERS["trl"].keys)[:2] == ("dpo", {"beta": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("words", "launcher", "processes"),
+    [
+        (
+            "accelerate launch --config_file=X --num_processes 8 dpo.py",
+            "accelerate launch --config_file=X --num_processes 8",
+            8,
+        ),
+        ("torchrun --nproc_per_node=4 --nnodes 2 dpo.py", "torchrun --nproc_per_node=4 --nnodes 2", 8),
+        ("torchrun --nproc-per-node gpu dpo.py", "torchrun --nproc-per-node gpu", None),
+        ("python3.12 dpo.py", "", None),
+    ],
+)
+def test_words_that_start_several_processes_are_told(words: str, launcher: str, processes: int | None) -> None:
+    asked = read_command(words.split(), PEERS["trl"].keys)
+    assert (asked.launcher, asked.settings.get("num_processes")) == (launcher, processes)
+    said = run(*words.split(), "--beta", "0.2").stderr
+    assert (f"{launcher}: llmtk launch starts several processes" in said) == bool(launcher)
+
+
+def test_a_method_that_is_given_goes_before_the_name_of_a_script() -> None:
+    assert run("python", "train.py", "--method", "dpo", "--beta", "0.2").stdout.startswith(
+        "# From a command line (TRL, dpo)"
+    )
+    assert "read as TRL's alone" in error("python", "train.py", "--from", "axolotl", "--method", "dpo")
+    assert "LLaMA-Factory's settings are read from a file" in error("llamafactory-cli", "train", "--stage", "sft")
+    assert error("axolotl", "train", "a.yaml").endswith("llmtk convert a.yaml")
+    assert error("accelerate", "launch", "-m", "axolotl.cli.train", "a.yaml").endswith("llmtk convert a.yaml")
 
 
 def test_losses_of_trl_that_are_stages_of_ours_are_these() -> None:
@@ -151,6 +181,58 @@ def test_batches_of_completions_become_batches_of_prompts(theirs: dict[str, int]
         train["gradient_accumulation_steps"],
         made["grpo"].get("mini_batches"),
     ) == ours
+
+
+@pytest.mark.parametrize(
+    ("theirs", "told"),
+    [
+        ({"per_device_train_batch_size": 6}, "6 completions a rank are no whole prompts of 8; here 8 are"),
+        ({"num_generations": 6}, "8 completions a rank are no whole prompts of 6; here 6 are"),
+        (
+            {"per_device_train_batch_size": 8, "steps_per_generation": 3, "gradient_accumulation_steps": 2},
+            "3 prompts and 1.5 steps on them do not divide; here one step is taken",
+        ),
+        ({"generation_batch_size": 64}, "generation_batch_size is read for one process"),
+    ],
+)
+def test_a_batch_of_completions_that_prompts_cannot_make_is_told(theirs: dict[str, int], told: str) -> None:
+    made = of("trl", "grpo", **{"per_device_train_batch_size": 8, **theirs})
+    assert told in made.changed["per_device_train_batch_size"]
+
+
+def test_a_batch_of_all_processes_is_divided_by_them() -> None:
+    shared = {"per_device_train_batch_size": 8, "generation_batch_size": 64}
+    made = of("trl", "grpo", **shared, num_processes=4)
+    assert made.config["grpo"]["mini_batches"] == 2
+    assert made.changed["generation_batch_size"] == "here it counts prompts, there completions"
+
+
+@pytest.mark.parametrize(
+    ("peer", "settings", "packs", "told"),
+    [
+        ("trl", {"dataset_text_field": "text"}, {"packing": True}, {"packing": False}),
+        (
+            "llama-factory",
+            {"stage": "pt", "do_train": True},
+            {"packing": True, "neat_packing": False},
+            {"packing": False},
+        ),
+        ("axolotl", {"pretraining_dataset": [{"path": "a.txt"}]}, {"sample_packing": True}, {"sample_packing": False}),
+        ("axolotl", {"datasets": [{"path": "a.txt", "type": "completion"}]}, {"sample_packing": True}, {}),
+        ("trl", {"dataset_text_field": "text"}, {"packing": True}, {}),
+    ],
+)
+def test_texts_are_joined_and_where_they_were_rows_it_is_told(
+    peer: str, settings: dict[str, Any], packs: dict[str, Any], told: dict[str, Any]
+) -> None:
+    def all_of(more: dict[str, Any]) -> str:
+        made = of(peer, "sft" if peer == "trl" else None, **settings, **more)
+        assert made.stage == "pt"
+        return str([made.changed, made.left, made.remarks])
+
+    assert "packed" not in all_of(packs)
+    assert "there each text is a row" not in all_of(packs)
+    assert "there each text is a row, here texts are joined to blocks" in all_of(told)
 
 
 def test_reinforcement_keeps_rewards_lengths_and_the_kl() -> None:

@@ -9,6 +9,7 @@ from llmtk import ConfigurationError
 from llmtk_convert import trl
 from llmtk_convert.rules import (
     NOTHING,
+    ROWS_AS_TEXTS,
     Answer,
     By,
     Done,
@@ -676,6 +677,10 @@ COMMON: dict[str, Rule] = {
     ),
 }
 
+_PT: dict[str, Rule] = {
+    **COMMON,
+    **done("", "sample_packing eval_sample_packing pretraining_sample_concatenation"),
+}
 _SFT: dict[str, Rule] = dict(COMMON)
 _PAIRS: dict[str, Rule] = {
     **COMMON,
@@ -781,9 +786,17 @@ _DEFAULTS: dict[str, Any] = {
     "data.max_length": 512,
     "data.on_too_long": "drop",
 }
+
+
+def _remarks_of_texts(settings: Settings) -> list[str]:
+    if settings.get("sample_packing") or settings.get("pretraining_sample_concatenation"):
+        return []
+    return [f"sample_packing is not on: {ROWS_AS_TEXTS}"]
+
+
 _CUT = {key: value for key, value in _DEFAULTS.items() if key != "data.on_too_long"}
 METHODS = {
-    "pretraining": Method("pt", _SFT, _CUT),
+    "pretraining": Method("pt", _PT, _CUT, _remarks_of_texts),
     "sft": Method("sft", _SFT, _DEFAULTS),
     "dpo": Method("dpo", _DPO, _DEFAULTS),
     "ipo": Method("ipo", _IPO, _DEFAULTS),

@@ -40,7 +40,9 @@ def command(words: tuple[str, ...], peer: str | None, method: str | None, output
 
     if output is not None and output.exists():
         raise ConfigurationError(f"--output {output} exists already. Give another file, or remove it")
-    text, notes = _from_command(words) if is_command(words) else _from_file(Path(words[0]), peer, method, output)
+    text, notes = (
+        _from_command(words, peer, method) if is_command(words) else _from_file(Path(words[0]), peer, method, output)
+    )
     if output is None:
         click.echo(text, nl=False)
     else:
@@ -63,13 +65,19 @@ def _from_file(file: Path, peer: str | None, method: str | None, output: Path | 
         raise ConfigurationError(f"{file}: {error}") from None
 
 
-def _from_command(words: tuple[str, ...]) -> tuple[str, list[str]]:
+def _from_command(words: tuple[str, ...], peer: str | None, method: str | None) -> tuple[str, list[str]]:
+    from llmtk import ConfigurationError
     from llmtk_convert.conversion import PEERS, convert
     from llmtk_convert.reading import read_command
 
+    if peer not in (None, "trl"):
+        raise ConfigurationError(f"--from {peer}: a command line is read as TRL's alone; give the file of its settings")
     trl = PEERS["trl"]
-    asked = read_command(words, trl.keys)
-    return _told(convert(trl, asked.settings, asked.method), "a command line")
+    asked = read_command(words, trl.keys, method)
+    made = convert(trl, asked.settings, asked.method)
+    if asked.launcher:
+        made.left[asked.launcher] = "llmtk launch starts several processes; batches are those of each"
+    return _told(made, "a command line")
 
 
 def _catalog(file: Path, settings: dict[str, Any], output: Path | None) -> tuple[str, list[str]]:

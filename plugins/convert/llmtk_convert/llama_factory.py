@@ -21,6 +21,7 @@ from llmtk_convert.rules import (
     apply,
     as_list,
     done,
+    joined,
     leave,
     left,
     put,
@@ -450,6 +451,7 @@ COMMON: dict[str, Rule] = {
     ),
 }
 
+_PT: dict[str, Rule] = {**COMMON, **joined("packing"), "neat_packing": Done()}
 _SFT: dict[str, Rule] = {
     **COMMON,
     "train_on_prompt": _when("data.loss_on", "everything"),
@@ -566,7 +568,7 @@ _DEFAULTS = DEFAULTS | {
     "data.max_length": 2048,
 }
 METHODS = {
-    "pt": Method("pt", COMMON, _DEFAULTS, _remarks),
+    "pt": Method("pt", _PT, _DEFAULTS, _remarks),
     "sft": Method("sft", _SFT, _DEFAULTS, _remarks),
     "rm": Method("rm", _RM, _DEFAULTS, _remarks),
     "dpo": Method("dpo", _DPO, _DEFAULTS, _remarks),

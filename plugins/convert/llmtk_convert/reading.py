@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from llmtk_convert.rules import Settings
 _TRUTHS = {"yes": True, "Yes": True, "YES": True, "on": True, "On": True, "ON": True} | {
     "no": False, "No": False, "NO": False, "off": False, "Off": False, "OFF": False,
 }  # fmt: skip
+_COUNTS = re.compile(r"--(num_processes|nproc[_-]per[_-]node|nnodes)[ =](\d+)")
+"""How accelerate and torchrun are told in how many processes."""
 
 
 class Command(NamedTuple):
@@ -21,7 +24,9 @@ class Command(NamedTuple):
 
     method: str
     settings: dict[str, Any]
-    """Those of its file, and its flags over them."""
+    """Those of its file, and its flags over them; and how many processes it was launched in, if that was said."""
+    launcher: str = ""
+    """The words that start it in several processes."""
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -46,21 +51,48 @@ def is_command(words: Sequence[str]) -> bool:
     return len(words) > 1
 
 
-def read_command(words: Sequence[str], known: frozenset[str]) -> Command:
+def read_command(words: Sequence[str], known: frozenset[str], method: str | None = None) -> Command:
     """Return the method and the settings of `trl sft --learning_rate 1e-5 ...`, or of `... sft.py --learning_rate ...`.
 
-    Raises ConfigurationError for another command, and for a flag without a name.
+    A method that is given goes before the script's name. Raises ConfigurationError for another command, and for a
+    flag without a name.
     """
     at = next((index for index, word in enumerate(words) if _method(words, index)), None)
+    if at is None and (other := _other_program(words)):
+        file = next((word for word in words if word.endswith((".yaml", ".yml", ".json"))), "FILE.yaml")
+        raise ConfigurationError(
+            f"{other}'s settings are read from a file, not from a command line: llmtk convert {file}"
+        )
     if at is None:
         raise ConfigurationError(
             "give one file, or TRL's command line: llmtk convert trl sft --learning_rate 1e-5 ... "
             f"(got {' '.join(words[:4])}{' ...' if len(words) > 4 else ''})"
         )
-    name = _method(words, at)
     flags = _flags(words[at + 1 :], known)
     file = flags.pop("config", None)
-    return Command(name, ({} if file is None else read_settings(str(file))) | flags)
+    settings = ({} if file is None else read_settings(str(file))) | flags
+    launcher = _launcher(words[:at])
+    return Command(method or _method(words, at), _processes(launcher) | settings, " ".join(launcher))
+
+
+def _launcher(words: Sequence[str]) -> list[str]:
+    """Return the words before a script or `trl`, unless they are Python alone."""
+    before = [word for word in words if Path(word).name != "trl"]
+    return [] if len(before) == 1 and Path(before[0]).name.startswith("python") else before
+
+
+def _processes(launcher: Sequence[str]) -> dict[str, Any]:
+    """Return the number of processes that accelerate or torchrun is told, as the setting of TRL's command."""
+    told = {name.replace("-", "_"): int(count) for name, count in _COUNTS.findall(" ".join(launcher))}
+    if "nproc_per_node" in told:
+        return {"num_processes": told["nproc_per_node"] * told.get("nnodes", 1)}
+    return {"num_processes": told["num_processes"]} if "num_processes" in told else {}
+
+
+def _other_program(words: Sequence[str]) -> str:
+    """Return whose command line this is, if it is LLaMA-Factory's or axolotl's."""
+    names = {Path(word).name.partition(".")[0] for word in words}
+    return "LLaMA-Factory" if names & {"llamafactory-cli", "lmf"} else "axolotl" if "axolotl" in names else ""
 
 
 def _method(words: Sequence[str], index: int) -> str:

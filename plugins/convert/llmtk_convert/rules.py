@@ -114,6 +114,18 @@ def left(why: str, *keys: str, off: tuple[Any, ...] = (False, 0, "", "none", "no
     return dict.fromkeys(" ".join(keys).split(), Leave(why, off))
 
 
+ROWS_AS_TEXTS = "there each text is a row, here texts are joined to blocks of data.max_length: a batch holds more"
+
+
+def joined(*keys: str) -> dict[str, Rule]:
+    """Return a table of keys that ask for packing, for texts, which are packed in any case."""
+
+    def rule(value: Any, settings: Settings) -> Answer:
+        return NOTHING if value else leave(ROWS_AS_TEXTS)
+
+    return dict.fromkeys(" ".join(keys).split(), By(rule))
+
+
 def done(why: str, *keys: str) -> dict[str, Rule]:
     """Return a table of keys that need none of ours. Each text holds keys with blanks between them."""
     return dict.fromkeys(" ".join(keys).split(), Done(why))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmtk import ConfigurationError
 from llmtk.errors import suggest
 from llmtk_convert.rules import (
     NOTHING,
+    ROWS_AS_TEXTS,
     Answer,
     By,
     Done,
@@ -20,6 +21,7 @@ from llmtk_convert.rules import (
     To,
     as_list,
     done,
+    joined,
     leave,
     left,
     put,
@@ -295,7 +297,8 @@ TEXTS: dict[str, Rule] = {
         "loss_type completion_only_loss assistant_only_loss use_dft_loss truncation_mode chat_template_path",
         off=(False, "nll", "keep_start"),
     ),
-    "packing": Done("texts are joined to blocks of data.max_length tokens"),
+    **joined("packing"),
+    **done("texts are joined to blocks of data.max_length tokens", "packing_strategy eval_packing"),
 }
 
 REFERENCE: dict[str, Rule] = {
@@ -481,8 +484,18 @@ def _reward(name: str) -> tuple[dict[str, Any], str]:
     return {"name": name}, f"{name}: if no installed reward is called so, give a file and its function"
 
 
-def prompts(settings: Settings, defaults: Mapping[str, int]) -> dict[str, int]:
-    """Return our batch, which counts prompts, for TRL's, which counts completions: micro-batch, accumulation, steps.
+class Prompts(NamedTuple):
+    """A batch of ours, which counts prompts."""
+
+    size: int
+    accumulation: int
+    steps: int
+    notes: list[str]
+    """Where it is not the batch of completions that was asked for."""
+
+
+def prompts(settings: Settings, defaults: Mapping[str, int]) -> Prompts:
+    """Return our batch for TRL's, which counts completions.
 
     TRL makes per_device_train_batch_size x steps_per_generation completions on each rank, num_generations of each
     prompt, and takes steps_per_generation / gradient_accumulation_steps optimizer steps on them.
@@ -491,14 +504,29 @@ def prompts(settings: Settings, defaults: Mapping[str, int]) -> dict[str, int]:
         int(settings.get(key) or defaults[key])
         for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations")
     )
-    rounds = int(settings.get("steps_per_generation") or 0)
-    rounds = rounds or int(settings.get("generation_batch_size") or 0) // size or accumulation
+    notes: list[str] = []
+    rounds = int(settings.get("steps_per_generation") or 0) or _rounds(settings, size, notes) or accumulation
     wanted = max(1, round(size * rounds / group))
+    if wanted * group != size * rounds:
+        notes.append(f"{size * rounds} completions a rank are no whole prompts of {group}; here {wanted * group} are")
     micro = max(1, size // group)
     while wanted % micro:
         micro -= 1
-    steps = rounds // accumulation if rounds % accumulation == 0 else 1
-    return {"size": micro, "accumulation": wanted // micro, "steps": steps if wanted % max(steps, 1) == 0 else 1}
+    steps = max(1, rounds // accumulation)
+    if wanted % steps or (rounds > accumulation and rounds % accumulation):
+        notes.append(
+            f"{wanted} prompts and {rounds / accumulation:g} steps on them do not divide; here one step is taken"
+        )
+        steps = 1
+    return Prompts(micro, wanted // micro, steps, notes)
+
+
+def _rounds(settings: Settings, size: int, notes: list[str]) -> int:
+    """Return how many micro-batches generation_batch_size holds, which counts the completions of all processes."""
+    completions, processes = int(settings.get("generation_batch_size") or 0), settings.get("num_processes")
+    if completions and not processes:
+        notes.append("generation_batch_size is read for one process, and counts those of all there")
+    return completions // (size * int(processes or 1))
 
 
 def _batch(group: int) -> dict[str, Rule]:
@@ -508,12 +536,12 @@ def _batch(group: int) -> dict[str, Rule]:
     def size(value: Any, settings: Settings) -> Answer:
         made = prompts(settings, usual)
         values = {
-            "train.per_device_train_batch_size": made["size"],
-            "train.gradient_accumulation_steps": made["accumulation"],
+            "train.per_device_train_batch_size": made.size,
+            "train.gradient_accumulation_steps": made.accumulation,
         }
-        if made["steps"] > 1:
-            values["STAGE.mini_batches"] = made["steps"]
-        return put(values, note)
+        if made.steps > 1:
+            values["STAGE.mini_batches"] = made.steps
+        return put(values, "; ".join([note, *made.notes]))
 
     def evaluated(value: Any, settings: Settings) -> Answer:
         each = int(settings.get("num_generations") or group)
@@ -522,8 +550,11 @@ def _batch(group: int) -> dict[str, Rule]:
     rule = By(size, "train.per_device_train_batch_size", "train.gradient_accumulation_steps", "STAGE.mini_batches")
 
     def generations(value: Any, settings: Settings) -> Answer:
-        batch = {} if settings.get("per_device_train_batch_size") else size(value, settings).put
-        return put({"STAGE.num_generations": value, **batch})
+        if any(settings.get(key) for key in keys):  # whose rule says so
+            return put({"STAGE.num_generations": value})
+        batch = size(value, settings)
+        notes = prompts(settings, usual).notes
+        return put({"STAGE.num_generations": value, **batch.put}, batch.note if notes else "")
 
     keys = (
         "per_device_train_batch_size",
@@ -740,9 +771,14 @@ def _remarks_of_sft(settings: Settings) -> list[str]:
     return told
 
 
+def _remarks_of_texts(settings: Settings) -> list[str]:
+    told = remarks(settings)
+    return told if "packing" in settings else [*told, f"packing is not set: {ROWS_AS_TEXTS}"]
+
+
 METHODS = {
     "sft": Method("sft", SFT, DEFAULTS_OF["sft"], _remarks_of_sft),
-    "sft, dataset_text_field": Method("pt", TEXTS, DEFAULTS_OF["sft"], remarks),
+    "sft, dataset_text_field": Method("pt", TEXTS, DEFAULTS_OF["sft"], _remarks_of_texts),
     "dpo": Method("dpo", DPO, DEFAULTS_OF["pairs"], remarks),
     "dpo, loss_type: ipo": Method("ipo", IPO, DEFAULTS_OF["pairs"], remarks),
     "kto": Method("kto", KTO, DEFAULTS_OF["pairs"], remarks),
