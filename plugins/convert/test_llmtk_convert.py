@@ -382,6 +382,37 @@ def test_data_sets_become_a_catalog(write: Write) -> None:
     assert "llmtk convert elsewhere/dataset_info.json" in made.changed["dataset"]
 
 
+def test_texts_and_dead_entries_of_a_list_of_data_sets(write: Write) -> None:
+    info = {"texts": {"file_name": "t.jsonl", "columns": {"prompt": "body"}}, "dead": {"formatting": "sharegpt"}}
+    done = run(write(json.dumps(info), "dataset_info.json"))
+    assert done.exit_code == 0, done.output
+    assert yaml.safe_load(done.stdout) == {"texts": {"path": "t.jsonl", "columns": {"body": "text"}}}
+    assert "dead: names no data: give file_name" in done.stderr
+
+
+@pytest.mark.parametrize("wrong", [{"columns": 5}, {"tags": "x"}, {"columns": ["a"]}])
+def test_an_entry_of_a_wrong_type_is_told(wrong: dict[str, Any], write: Write) -> None:
+    file = write(json.dumps({"mine": {"file_name": "a.json", **wrong}}), "data/dataset_info.json")
+    assert f"{file}: the data set mine: LLaMA-Factory takes no such entry" in error(file)
+    assert "the data set mine: LLaMA-Factory takes no such entry" in error(
+        write("stage: sft\ndataset: mine\ncutoff_len: 9\n")
+    )
+
+
+@pytest.mark.parametrize(
+    ("made", "strategy"),
+    [
+        (of("llama-factory", do_train=True, val_size=100, eval_strategy="steps"), "steps"),
+        (of("trl", "sft", dataset_name="a.jsonl", eval_strategy="epoch"), "epoch"),
+        (of("axolotl", base_model="m", val_set_size=4, eval_steps=5), "steps"),
+    ],
+)
+def test_evaluations_without_rows_are_told(made: Conversion, strategy: str) -> None:
+    told = f"Still to be given: data.eval, a share (0.1) or a file, since train.eval_strategy is {strategy}"
+    assert told in made.remarks
+    assert not any("data.eval" in remark for remark in of("trl", "sft", eval_strategy="no").remarks)
+
+
 @pytest.mark.parametrize(("loss", "stage"), [("sigmoid", "dpo"), ("ipo", "ipo"), ("orpo", "orpo"), ("simpo", "simpo")])
 def test_preferences_of_llama_factory_choose_their_stage(loss: str, stage: str) -> None:
     made = of("llama-factory", stage="dpo", pref_loss=loss, pref_beta=0.5, finetuning_type="full")

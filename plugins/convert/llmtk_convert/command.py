@@ -53,12 +53,13 @@ def command(words: tuple[str, ...], peer: str | None, method: str | None, output
 def _from_file(file: Path, peer: str | None, method: str | None, output: Path | None) -> tuple[str, list[str]]:
     from llmtk import ConfigurationError
     from llmtk_convert.conversion import PEERS, convert, recognise
-    from llmtk_convert.reading import catalog_of, read_settings
+    from llmtk_convert.llama_factory import is_catalog
+    from llmtk_convert.reading import read_settings
 
     settings = read_settings(file)
-    if catalog_of(settings):
-        return _catalog(file, settings, output)
     try:
+        if is_catalog(settings):
+            return _catalog(file, settings, output)
         chosen = PEERS[peer] if peer else recognise(settings)
         return _told(convert(chosen, settings, method), str(file))
     except ConfigurationError as error:
@@ -76,6 +77,7 @@ def _from_command(words: tuple[str, ...], peer: str | None, method: str | None) 
     asked = read_command(words, trl.keys, method)
     made = convert(trl, asked.settings, asked.method)
     if asked.launcher:
+        made.left.pop("num_processes", None)  # one of its words
         made.left[asked.launcher] = "llmtk launch starts several processes; batches are those of each"
     return _told(made, "a command line")
 

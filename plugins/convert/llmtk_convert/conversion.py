@@ -201,6 +201,7 @@ def _check(made: Conversion, stage: type[Stage] | None) -> None:
     needed += [(made.stage, "rewards")] if stage is not None and "reward" in stage.needs else []
     missing = [f"{section}.{key}" for section, key in needed if not made.config.get(section, {}).get(key)]
     made.remarks += [f"Still to be given: {key}" for key in missing]
+    made.remarks += _rows_to_be_given(made.config)
     if stage is None:
         made.remarks.append(
             f"The stage {made.stage} is not installed, so nothing was checked: pip install llmtk-stage-{made.stage}"
@@ -213,6 +214,17 @@ def _check(made: Conversion, stage: type[Stage] | None) -> None:
     except ConfigurationError as error:
         raise ConfigurationError(f"the values do not fit llmtk's configuration. {error}") from None
     made.remarks += [] if set(missing) & {"data.train", "model.name_or_path"} else _asked_of_a_run(made)
+
+
+def _rows_to_be_given(config: Mapping[str, Any]) -> list[str]:
+    """Say which rows are asked for by train's keys and are not there."""
+    train, data = config.get("train", {}), config.get("data", {})
+    strategy, told = train.get("eval_strategy", "no"), []
+    if strategy != "no" and "eval" not in data:
+        told.append(f"Still to be given: data.eval, a share (0.1) or a file, since train.eval_strategy is {strategy}")
+    if train.get("do_predict") and "test" not in data:
+        told.append("Still to be given: data.test, a share (0.1) or a file, since train.do_predict is true")
+    return told
 
 
 def _asked_of_a_run(made: Conversion) -> list[str]:

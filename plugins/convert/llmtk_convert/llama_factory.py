@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtk import ConfigurationError
+from llmtk.config.problems import shown
 from llmtk_convert.rules import (
     NOTHING,
     Answer,
@@ -58,7 +59,7 @@ def source(entry: Mapping[str, Any], folder: Path, *, texts: bool = False) -> tu
         found = {"path": str(folder / str(entry["file_name"]))}
         lost += [f"{part}: {why}" for part, why in uncut(found["path"], entry.get("split"))]
     else:
-        where = next(iter(set(entry) & {"ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"}), "")
+        where = next((key for key in _PLACES if key in entry), "")
         found = {"path": str(entry.get(where, ""))}
         lost.append(f"{where}: give a file or a data set of the Hugging Face hub as path")
     columns, unknown = _columns(entry)
@@ -86,6 +87,31 @@ def _columns(entry: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     return columns, unknown + turns + odd
 
 
+_PLACES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+"""Keys of an entry that say where its rows are."""
+
+
+def is_catalog(settings: Settings) -> bool:
+    """Tell whether a file is a list of data sets, dataset_info.json, of which some entries may be dead."""
+    return any(_names_data(entry) for entry in settings.values())
+
+
+def _names_data(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and any(key in entry for key in _PLACES)
+
+
+def _entry(name: str, entry: Any, folder: Path, *, texts: bool | None = None) -> tuple[dict[str, Any], list[str]]:
+    """Return an entry as a source, by default of texts where the prompt is its only column.
+
+    Raises ConfigurationError where it has values that LLaMA-Factory does not take.
+    """
+    try:
+        only_prompts = set(entry.get("columns") or {}) == {"prompt"}
+        return source(entry, folder, texts=only_prompts if texts is None else texts)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"the data set {name}: LLaMA-Factory takes no such entry: {shown(entry)}") from error
+
+
 def catalog(settings: Settings, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Return a whole dataset_info.json as a catalog, and what each entry could not take along.
 
@@ -94,7 +120,10 @@ def catalog(settings: Settings, folder: Path) -> tuple[dict[str, Any], dict[str,
     made: dict[str, Any] = {}
     lost: dict[str, str] = {}
     for name, entry in settings.items():
-        found, missing = source(entry, folder)
+        if not _names_data(entry):
+            lost[name] = f"names no data: give {', '.join(_PLACES)}"
+            continue
+        found, missing = _entry(name, entry, folder)
         made[name] = found["path"] if len(found) == 1 else found
         if missing:
             lost[name] = ", ".join(missing)
@@ -130,7 +159,7 @@ def _sets(key: str) -> By:
             return put({key: names, "data.catalog": "sets.yaml"}, note)
         if missing := [name for name in names if name not in info]:
             return leave(f"{file} has no data set {', '.join(missing)}")
-        found = [source(info[name], folder, texts=settings.get("stage") == "pt") for name in names]
+        found = [_entry(name, info[name], folder, texts=settings.get("stage") == "pt") for name in names]
         lost = [f"{name}: {', '.join(more)}" for name, (_, more) in zip(names, found, strict=True) if more]
         note = f"as {file} has them" + (f", but without {'; '.join(lost)}" if lost else "")
         sources = [entry["path"] if len(entry) == 1 else entry for entry, _ in found]

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from llmtk import ConfigurationError
 from llmtk.config.reading import read_as_written, read_value
-from llmtk_convert.rules import Settings
 
 _TRUTHS = {"yes": True, "Yes": True, "YES": True, "on": True, "On": True, "ON": True} | {
     "no": False, "No": False, "NO": False, "off": False, "Off": False, "OFF": False,
@@ -132,9 +131,3 @@ def _value(text: str) -> Any:
         return json.loads(text) if text.startswith(("{", "[")) else read_value(text)
     except json.JSONDecodeError:
         return text
-
-
-def catalog_of(settings: Settings) -> bool:
-    """Tell whether a file is LLaMA-Factory's list of data sets, dataset_info.json."""
-    names = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
-    return all(isinstance(entry, dict) and any(name in entry for name in names) for entry in settings.values())
