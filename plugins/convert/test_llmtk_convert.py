@@ -466,6 +466,11 @@ def test_what_is_predicted_is_the_data_of_evaluation_and_a_file_that_trains_noth
     assert (data.get("eval"), data["test"]) == (None, rows)
     data = of("llama-factory", **shared, do_train=True, do_predict=True, eval_strategy="epoch").config["data"]
     assert (data["eval"], data["test"]) == (rows, rows)
+    made = of("llama-factory", **shared, do_train=True, do_predict=True, do_sample=False, max_new_tokens=9)
+    assert made.config["predict"] == {"temperature": 0, "max_new_tokens": 9, "top_p": 0.7, "top_k": 50}
+    made = of("llama-factory", **shared, do_train=True, do_predict=True, do_sample=True)
+    assert made.config["predict"]["temperature"] == 0.95
+    assert "llmtk predict" in of("llama-factory", do_train=True, top_p=0.5).left["top_p"]
     assert of("llama-factory", **shared).remarks[0].startswith("do_train is not given")
     with pytest.raises(ConfigurationError, match="llmtk predict builtin --data FILE"):
         of("llama-factory", **shared, do_predict=True)

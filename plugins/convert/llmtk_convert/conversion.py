@@ -154,6 +154,8 @@ def _matters(key: str, flat: Mapping[str, Any]) -> bool:
     """Whether a default is of use beside the keys that were carried over."""
     if key.startswith("peft.") and key != ADAPTS:
         return any(name.startswith("peft.") for name in flat)
+    if key.startswith("predict."):
+        return bool(flat.get("train.do_predict"))
     if key == "train.eval_strategy":
         return "data.eval" in flat
     if key.startswith("model.bnb_4bit_"):

@@ -481,8 +481,45 @@ COMMON: dict[str, Rule] = {
 }
 
 _PT: dict[str, Rule] = {**COMMON, **joined("packing"), "neat_packing": Done()}
+
+
+_PREDICTED = {
+    "predict.max_new_tokens": 1024,
+    "predict.temperature": 0.95,
+    "predict.top_p": 0.7,
+    "predict.top_k": 50,
+}
+
+
+def _of_predicting(key: str) -> By:
+    """Return the rule of a key that says how an answer is drawn, which counts with do_predict alone."""
+
+    def rule(value: Any, settings: Settings) -> Answer:
+        if not settings.get("do_predict"):
+            return leave(_ENGINE)
+        greedy = key == "predict.temperature" and settings.get("do_sample") is False
+        return put({key: 0 if greedy else value})
+
+    return By(rule, key)
+
+
+def _sampled(value: Any, settings: Settings) -> Answer:
+    """Take the likeliest token where nothing is drawn."""
+    if not settings.get("do_predict"):
+        return leave(_ENGINE) if value else NOTHING
+    return put({"predict.temperature": settings.get("temperature", _PREDICTED["predict.temperature"]) if value else 0})
+
+
 _SFT: dict[str, Rule] = {
     **COMMON,
+    **{
+        name: _of_predicting(f"predict.{name}")
+        for name in ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
+    },
+    "do_sample": By(_sampled, "predict.temperature"),
+    "predict_with_generate": By(
+        lambda value, settings: NOTHING if settings.get("do_predict") or not value else leave(_ENGINE)
+    ),
     "train_on_prompt": _when("data.loss_on", "everything"),
     "mask_history": _when("data.loss_on", "last_turn"),
     "use_dft_loss": _when("STAGE.loss", "dft"),
@@ -598,7 +635,7 @@ _DEFAULTS = DEFAULTS | {
 }
 METHODS = {
     "pt": Method("pt", _PT, _DEFAULTS, _remarks),
-    "sft": Method("sft", _SFT, _DEFAULTS, _remarks),
+    "sft": Method("sft", _SFT, _DEFAULTS | _PREDICTED, _remarks),
     "rm": Method("rm", _RM, _DEFAULTS, _remarks),
     "dpo": Method("dpo", _DPO, _DEFAULTS, _remarks),
     "dpo, pref_loss: ipo": Method("ipo", _IPO, _DEFAULTS, _remarks),
