@@ -178,8 +178,22 @@ class RunView(Protocol):
     def values_window(self, batch: Batch, *, model: str | None = None) -> Tensor:
         """Return a whole window's values (targets,), as `score_window` scores it. All ranks must call it together."""
 
-    def map_logits(self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = ()) -> Tensor:
-        """Apply `fn(logits, *columns)` to the logits at target positions, with the exact gradient."""
+    def map_logits(
+        self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = (), *, model: str | None = None
+    ) -> Tensor:
+        """Return `fn(logits, *columns)` of all targets, (targets, ...), with the exact gradient.
+
+        `fn` is called once a tile of targets, and again for each in the backward pass: with their logits
+        (tile, vocabulary) in float32 and their part (tile, ...) of each column (targets, ...). It gives (tile, ...).
+        What belongs to targets therefore comes in as a column, never from around `fn`; ValueError for a column or an
+        answer of another length.
+
+        `model` names a frozen one, or a view of the policy, whose logits have no gradient. Two models meet by a column,
+        which holds the teacher's logits of the whole micro-batch, (targets, vocabulary) in float32:
+
+            teacher = run.map_logits(batch, lambda logits: logits, model="teacher")
+            kl = run.map_logits(batch, kl_of_logits, [teacher])     # kl_of_logits(student, teacher) -> (tile,)
+        """
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None = None

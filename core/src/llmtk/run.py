@@ -320,9 +320,11 @@ class Run:
         """Return a whole window's values (targets,), as `score_window` scores it. All ranks must call it together."""
         return self.forward.values_window(batch, model)
 
-    def map_logits(self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = ()) -> Tensor:
+    def map_logits(
+        self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor] = (), *, model: str | None = None
+    ) -> Tensor:
         """Apply `fn(logits, *columns)` to the logits at target positions, with the exact gradient."""
-        return self.forward.map_logits(batch, fn, columns)
+        return self.forward.map_logits(batch, fn, columns, model)
 
     def scoring_also(self, *names: str) -> AbstractContextManager[None]:
         """Have the policy's scores hold more within a context than the stage asks for."""

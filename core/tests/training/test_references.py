@@ -170,6 +170,60 @@ def test_a_resumed_run_has_the_same_reference(tmp_path, folder, adapter, kind):
     assert_same_run(whole, parts)
 
 
+# Two models' logits
+
+
+def kl_of_logits(student, teacher):
+    """Return KL(teacher || student) (tile,)."""
+    teacher, student = teacher.log_softmax(-1), student.log_softmax(-1)
+    return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+@pytest.mark.parametrize(("scoring", "bf16"), [("auto", False), ("padded", False), ("auto", True)])
+@pytest.mark.parametrize("kind", ["copy", "adapter off"])
+def test_the_logits_of_two_models_meet_by_a_column(tmp_path, folder, adapter, monkeypatch, kind, scoring, bf16):
+    run = held(tmp_path / "run", kind, folder, adapter, scoring=scoring, bf16=bf16)
+    run.prepare()
+    monkeypatch.setattr("llmtk.scoring.packed.TILE_ELEMENTS", 3 * len(run.tokenizer))
+    trained = {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    rows = [run.train_rows[index]["input_ids"] for index in range(6)]
+    batch = Batch.collate([group_of(run.train_rows[index]) for index in range(6)])
+
+    teacher = run.map_logits(batch, lambda logits: logits, model="reference")
+    assert not teacher.requires_grad
+    assert teacher.dtype == torch.float32
+    constant = run.map_logits(batch, kl_of_logits, [teacher.clone().requires_grad_()], model="reference")
+    assert not constant.requires_grad
+    assert not constant.any()
+    kl = run.map_logits(batch, kl_of_logits, [teacher])
+    kl.sum().backward()
+    found = torch.cat([parameter.grad.flatten() for parameter in trained.values()])
+
+    run.model.zero_grad()
+    start = AutoModelForCausalLM.from_pretrained(folder).eval()
+    by_hand = []
+    for ids in rows:
+        told = [model(input_ids=torch.tensor(ids[:-1])[None]).logits[0] for model in (run.model, start)]
+        by_hand.append(kl_of_logits(told[0], told[1].detach()))
+    torch.cat(by_hand).sum().backward()
+    whole = torch.cat([parameter.grad.flatten() for parameter in trained.values()])
+    wanted = {"kl": torch.cat(by_hand).detach(), "gradient": whole}
+    assert_near({"kl": kl.detach(), "gradient": found}, wanted, 0.1 if bf16 else 1e-5)
+
+
+def test_a_reference_that_was_precomputed_has_no_logits(tmp_path, folder, adapter):
+    run = held(tmp_path / "run", "precomputed", folder, adapter)
+    run.evaluate()
+    batch = Batch.collate([group_of(run.train_rows[0])])
+    with pytest.raises(PluginError, match="precompute_reference keeps its log-probs alone"):
+        run.map_logits(batch, lambda logits: logits, model="reference")
+    with pytest.raises(PluginError, match="asks for the model 'teacher'"):
+        run.map_logits(batch, lambda logits: logits, model="teacher")
+
+
 # A reference of one's own
 
 

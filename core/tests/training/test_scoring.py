@@ -197,6 +197,13 @@ def test_what_map_logits_is_given_must_answer_for_each_target(scorer, either, ba
         scorer.map_logits(either, batch, lambda logits: logits.sum())
 
 
+@pytest.mark.parametrize("wrong", [lambda column: column[:-1], lambda column: column.sum()])
+def test_a_column_has_a_row_for_each_target(scorer, either, batch, wrong):
+    whole = batch.target_tokens
+    with pytest.raises(ValueError, match=rf"map_logits: column 1 has .* values for {len(whole)} targets"):
+        scorer.map_logits(either, batch, lambda logits, *_: logits, [whole, wrong(whole)])
+
+
 def test_a_copy_of_a_model_is_a_model_of_its_own(scorer, either, batch):
     """A reference, or an average of weights, is often made like this."""
     with torch.no_grad():

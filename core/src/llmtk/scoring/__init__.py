@@ -48,9 +48,14 @@ class Scorer:
         """Return `fn(logits (rows, vocabulary), *columns (rows, ...))` of all targets, with the exact gradient.
 
         `fn` sees float32 logits of some targets at a time, with the same rows of each column, and gives (rows, ...).
-        ValueError where it gives something else.
+        ValueError where it gives something else, or a column has not one row for each target.
         """
         self.require_logits("map_logits")
+        targets = len(batch.host.target_tokens)
+        for index, column in enumerate(columns):
+            if column.shape[:1] != (targets,):
+                given = len(column) if column.ndim else "one number, and no"
+                raise ValueError(f"map_logits: column {index} has {given} values for {targets} targets")
 
         def checked(logits: Tensor, *parts: Tensor) -> Tensor:
             answer = fn(logits, *parts)

@@ -85,10 +85,23 @@ class Forward:
         values[targets.to(values.device)] = torch.cat([values[:0], *parts])
         return values
 
-    def map_logits(self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor]) -> Tensor:
-        """Apply a function to the policy's logits at target positions."""
-        scorer, forward = self.scorers[None], self._pass(None, batch)
-        return self._asked("map_logits", batch, lambda: scorer.map_logits(forward, batch, fn, columns))
+    def map_logits(
+        self, batch: Batch, fn: Callable[..., Tensor], columns: Sequence[Tensor], model: str | None
+    ) -> Tensor:
+        """Apply a function to a model's logits at target positions."""
+        if self.precomputed is not None and model == REFERENCE:
+            raise PluginError(
+                "run.map_logits asks the reference for logits, and train.precompute_reference keeps its log-probs "
+                "alone. A stage that maps the reference's logits does not honour that key"
+            )
+        scorer, forward = self._scorer(model), self._pass(model, batch)
+
+        def compute() -> Tensor:
+            # What another model says is a constant, whatever the columns are.
+            with nullcontext() if model is None else torch.no_grad():
+                return scorer.map_logits(forward, batch, fn, columns)
+
+        return self._asked(("map_logits", model), batch, compute)
 
     @contextmanager
     def scoring_also(self, names: Iterable[str]) -> Iterator[None]:
