@@ -702,6 +702,12 @@ def _demo_of(stage_class: type[Stage], name: str) -> Demo:
     return demo
 
 
+def demo_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `model` section under a demo's own: the built-in model, where the demo names none."""
+    own = without_shorthands(config).get("model") or {}
+    return {} if own.get("name_or_path") or own.get("from_config") else {"name_or_path": "builtin"}
+
+
 def _demo_layer(demo: Demo) -> dict[str, Any]:
-    rows = {"model": {"name_or_path": "builtin"}, "data": {"train": demo.train, "eval": demo.eval}}
-    return merge(rows, demo.config)
+    beneath = {"model": demo_model(demo.config), "data": {"train": demo.train, "eval": demo.eval}}
+    return merge(beneath, demo.config)

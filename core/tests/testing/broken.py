@@ -406,6 +406,26 @@ class ByPlaceInThePaddedRow(Sound):
         return replace(output, terms={"loss": Term(output.terms["loss"].sum * scale, "tokens")})
 
 
+class ColumnFromAround(Sound):
+    caught_by = "packed"
+
+    def compute_loss(self, run, batch):
+        targets = batch.target_tokens
+
+        def nll(logits):
+            return -logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]  # of one tile, it is not these targets
+
+        return LossOutput({"loss": Term(run.map_logits(batch, nll).sum() * self.options.weight, "tokens")})
+
+
+class MeanOfATile(Sound):
+    caught_by = "packed"
+
+    def compute_loss(self, run, batch):
+        spread = run.map_logits(batch, lambda logits: (logits - logits.mean(0)).square().sum(-1))
+        return LossOutput({"loss": Term(run.score(batch).logps.neg().sum() + spread.sum(), "tokens")})
+
+
 BROKEN = [
     found
     for found in list(globals().values())

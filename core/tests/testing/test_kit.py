@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmtk import ConfigurationError, Group, Round, Sequence
+from llmtk import ConfigurationError, Group, Round, Run, Sequence
 from llmtk.testing import CHECKS, ConformanceError, Verdict, check_stage, outcomes, two_ranks
 from llmtk.testing.training import BRIEF, _is_pickle
 from llmtk.testing.trial import find
@@ -317,6 +317,23 @@ def test_processes_beside_end_with_the_checks() -> None:
     assert beside, "two ranks are under way"
     found.close()
     assert not any(process.is_running() for process in beside)
+
+
+class FromScratch(broken.Sound):
+    """Its demo names a model of its own."""
+
+    def demo(self):
+        fields = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+        model = {"from_config": fields | {"num_attention_heads": 2}, "tokenizer": {"kind": "byte"}}
+        demo = super().demo()
+        return replace(demo, config={**demo.config, "model": model})
+
+
+def test_a_demo_may_name_a_model_of_its_own(tmp_path: Path) -> None:
+    assert [one.verdict for one in outcomes(FromScratch, ["loss", "packed"])] == [Verdict.PASSED] * 2
+    run = Run(FromScratch, output_dir=str(tmp_path / "run"))
+    assert run.config.model.name_or_path is None
+    assert Run(broken.Sound, output_dir=str(tmp_path / "other")).config.model.name_or_path == "builtin"
 
 
 def test_rows_that_no_other_process_can_read_are_told() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from llmtk.errors import LlmtkError
 from llmtk.host import discovery
 from llmtk.host.checks import check_stage as check_class
 from llmtk.host.hookspecs import hookimpl
+from llmtk.scoring import packed as scoring
 from llmtk.testing.conformance import Failure, NotApplicable, check
 from llmtk.testing.trial import Measured, Trial, distance, measure
 
@@ -343,16 +345,38 @@ def packed(trial: Trial) -> None:
     if not run.forward.scorers[None].packed:
         raise NotApplicable("the model is not scored packed here")
     window = trial.round_of(run).windows[0]
-    _compare(measure(run, window), measure(padded, window), "with packed rows", "with padded rows")
+    whole = measure(run, window)
+    _compare(whole, measure(padded, window), "with packed rows", "with padded rows")
+    _compare(_in_tiles(run, window), whole, "a target at a time", "with the logits of all targets at once", TILES)
 
 
-def _compare(found: Measured, wanted: Measured, how: str, otherwise: str) -> None:
+TILES = (
+    "The function given to run.map_logits sees the logits of some targets at a time: a large vocabulary has many such "
+    "tiles. Hand in what belongs to the targets as a column, run.map_logits(batch, fn, [column]), of which it gets the "
+    "same rows; it gives one row for each, and mixes none of them."
+)
+
+
+def _in_tiles(run: Run, window: Batch) -> Measured:
+    """Return what a window comes to where `map_logits` takes one target at a time: the demo's vocabulary is small."""
+    try:
+        with patch.object(scoring, "TILE_ELEMENTS", 1):
+            return measure(run, window)
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise Failure(
+            f"compute_loss fails where logits come a target at a time, and not where they come all at once: {error}",
+            TILES,
+        ) from error
+
+
+def _compare(found: Measured, wanted: Measured, how: str, otherwise: str, mend: str = "") -> None:
     """Fail where losses or gradients of one window are apart."""
     apart = distance(found.whole, wanted.whole)
     if not (is_near(found.loss, wanted.loss, least=1e-3) and apart <= NEAR):
         raise Failure(
             f"{otherwise} the loss is {wanted.loss:.6g}, {how} it is {found.loss:.6g}; the gradients differ by "
-            f"{apart:.2g} of their norm"
+            f"{apart:.2g} of their norm",
+            mend,
         )
 
 

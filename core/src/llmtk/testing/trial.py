@@ -20,7 +20,7 @@ from llmtk.config.reading import merge
 from llmtk.contract import Demo, Stage
 from llmtk.host.checks import check_stage
 from llmtk.host.discovery import get_stage
-from llmtk.run import Run
+from llmtk.run import Run, demo_model
 from llmtk.testing.conformance import Failure, NotApplicable
 from llmtk.training.micro_batches import MicroBatch
 from llmtk.training.tally import WindowTally, objective
@@ -132,7 +132,7 @@ class Trial:
         """The sections of a small run."""
         own = {key: value for key, value in (self.demo.config if self.demo else {}).items() if key != "train"}
         rows, held_out = self._data()
-        ours = {"model": {"name_or_path": "builtin"}, "data": {"train": rows, "eval": held_out}, "train": TRAIN}
+        ours = {"model": demo_model(own), "data": {"train": rows, "eval": held_out}, "train": TRAIN}
         return merge(own, ours, {self.name: self.asked_options})
 
     def _data(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
