@@ -335,7 +335,7 @@ class Round:
 
 
 def _check_sequence(group: Group, sequence: Sequence, tokens: Tensor, targets: Tensor) -> None:
-    where = f" (row {group.place})" if group.place else ""
+    where = f" ({group.place})" if group.place else ""
     if tokens.shape != targets.shape or tokens.ndim != 1:
         raise ValueError(f"tokens {tuple(tokens.shape)} and targets {tuple(targets.shape)} differ in shape{where}")
     if sequence.prefix is not None and not 0 <= sequence.prefix < len(group.prefixes):
@@ -348,7 +348,7 @@ def _check_sequence(group: Group, sequence: Sequence, tokens: Tensor, targets: T
 
 
 def _check_columns(group: Group, targets: SequenceOf[Tensor]) -> None:
-    where = f" (row {group.place})" if group.place else ""
+    where = f" ({group.place})" if group.place else ""
     kinds = (
         ("sequences", group.per_sequence, len(group.sequences)),
         ("target tokens", group.per_target, sum(int(t.sum()) for t in targets) if group.per_target else 0),

@@ -150,18 +150,18 @@ SOUND = Sequence([1, 2, 3], [False, True, True])
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ([Group([Sequence([1, 2], [False])], {}, place="a.jsonl:7")], r"differ in shape \(row a.jsonl:7\)"),
-        ([Group([Sequence([1, 2], [True, True])], {}, place="a.jsonl:7")], r"first token .* \(row a.jsonl:7\)"),
-        ([Group([Sequence([1, 2], [True, True], prefix=0)], {}, [[]], place="b")], r"first token .*row b"),
-        ([Group([Sequence([], [])], {}, place="b")], r"no tokens \(row b\)"),
+        ([Group([Sequence([1, 2], [False])], {}, place="a.jsonl:7")], r"differ in shape \(a.jsonl:7\)"),
+        ([Group([Sequence([1, 2], [True, True])], {}, place="a.jsonl:7")], r"first token .* \(a.jsonl:7\)"),
+        ([Group([Sequence([1, 2], [True, True], prefix=0)], {}, [[]], place="b")], r"first token .*\(b\)"),
+        ([Group([Sequence([], [])], {}, place="b")], r"no tokens \(b\)"),
         ([Group([Sequence([1], [False], prefix=1)], {}, [[5]])], "prefix 1 of 1"),
         ([Group([Sequence([1], [False], prefix=-1)], {}, [[5]])], "prefix -1 of 1"),
         ([Group([SOUND], {"tokens": 2}), Group([SOUND], {"pairs": 1})], "differ in columns"),
         (
             [Group([SOUND], {}, per_sequence={"a": [1, 2]}, place="c")],
-            r"column 'a' has 2 values for 1 sequences.*row c",
+            r"column 'a' has 2 values for 1 sequences.*\(c\)",
         ),
-        ([Group([SOUND], {}, per_target={"a": [1.0]}, place="c")], r"column 'a' has 1 values for 2 target.*row c"),
+        ([Group([SOUND], {}, per_target={"a": [1.0]}, place="c")], r"column 'a' has 1 values for 2 target.*\(c\)"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused(groups, message):
