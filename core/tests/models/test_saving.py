@@ -89,6 +89,18 @@ def test_weights_may_be_read_by_whom_the_other_files_may_be_read(tmp_path, model
     assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "saved").iterdir()} == {"0o640"}
 
 
+@pytest.mark.parametrize("given", [{}, {"key": "distil.teacher"}])
+def test_errors_name_the_key_that_named_the_model(tmp_path, folder, given):
+    key = given.get("key", "model.name_or_path")
+    with pytest.raises(ModelLoadError, match=rf"^{key}: there is no folder /nowhere/teacher"):
+        load("/nowhere/teacher", **given)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelLoadError, match=rf"^{key}: .* has no tokenizer") as told:
+        load(folder, **given)
+    assert ("model.tokenizer" in str(told.value)) == (not given)  # another model than the run's has no such key
+
+
 def test_an_adapter_loads_on_its_base(adapter, ids):
     model, folder = adapter
     expected = logits(model, ids)

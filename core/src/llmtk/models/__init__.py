@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 
 def load(
-    path: str | Path, *, trust_remote_code: bool = False
+    path: str | Path, *, trust_remote_code: bool = False, key: str = "model.name_or_path"
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Load a run's folder, or any model or adapter: ``model, tokenizer = load("runs/sft")``.
 
     The weights keep the dtype they were saved in; an adapter comes on its base, unmerged. The model is in eval mode.
-    With `trust_remote_code`, Python code that comes with it is run.
+    With `trust_remote_code`, Python code that comes with it is run. `key` is what errors name as the place where `path`
+    is said, such as a stage's option for a second model: `load(self.options.teacher, key="distil.teacher")`.
 
     Raises:
         ModelLoadError: The folder holds neither, it is damaged, or an adapter's base is gone.
@@ -28,4 +29,4 @@ def load(
     from llmtk.config.sections import ModelConfig
     from llmtk.models.saving import load_folder
 
-    return load_folder(path, ModelConfig(trust_remote_code=trust_remote_code))
+    return load_folder(path, ModelConfig(trust_remote_code=trust_remote_code), key=key)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from llmtk.config.sections import ModelConfig
 
 BUILTIN = "builtin"
+NAMED = "model.name_or_path"
+"""The key that names a run's model."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NOT_WEIGHTS = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "scaler.pt"}
@@ -26,14 +28,14 @@ _OWN_KEYS = {"dtype", "torch_dtype", "attn_implementation", "trust_remote_code",
 _ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 
 
-def check_model(config: ModelConfig) -> None:
-    """Check what can be checked of the ``model`` section without loading a model.
+def check_model(config: ModelConfig, key: str = NAMED) -> None:
+    """Check what can be checked of the ``model`` section without loading a model; ``key`` is what has its name.
 
     Raises:
         ConfigurationError: No model is named, or ``from_config`` has a type or a field that transformers lacks.
         ModelLoadError: The folder is missing or incomplete, holds pickled, truncated or remote-code weights.
     """
-    check_origin(config)
+    check_origin(config, key)
     if config.reference:
         _check_named("model.reference", config.reference, trust_remote_code=config.trust_remote_code)
     if isinstance(config.tokenizer, str):
@@ -50,10 +52,10 @@ def check_model(config: ModelConfig) -> None:
         )
 
 
-def check_origin(config: ModelConfig) -> None:
+def check_origin(config: ModelConfig, key: str = NAMED) -> None:
     """Check where the weights come from: the part of ``check_model`` that is not about the tokenizer."""
     if config.name_or_path:
-        _check_named("model.name_or_path", config.name_or_path, trust_remote_code=config.trust_remote_code)
+        _check_named(key, config.name_or_path, trust_remote_code=config.trust_remote_code)
     elif config.from_config is not None:
         build_config(config.from_config)
     else:

@@ -12,6 +12,7 @@ from llmtk.config.sections import ModelConfig
 from llmtk.models.checks import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    NAMED,
     base_of,
     base_revision_of,
     check_safetensors,
@@ -96,7 +97,10 @@ def save_merged(adapter: Path, path: Path, like: ModelConfig) -> None:
 
 
 def load_folder(
-    path: str | Path, like: ModelConfig | None = None, compute_dtype: torch.dtype = torch.float32
+    path: str | Path,
+    like: ModelConfig | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+    key: str = NAMED,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Load what ``save_model`` wrote. This is ``llmtk.load``, which says more.
 
@@ -104,11 +108,12 @@ def load_folder(
         path: The folder.
         like: How: with which attention, with code of its own, and an adapter's base quantised. A run's own section.
         compute_dtype: What quantised weights are multiplied in.
+        key: What errors call the key that names it.
     """
     folder, like = Path(resolve(str(path))), like or ModelConfig()
     if (folder / ADAPTER_CONFIG).is_file():
-        return _load_adapter(folder, like, compute_dtype)
-    return _load_full(str(path), like.model_copy(update={"quantization": None, "revision": None}))
+        return _load_adapter(folder, like, compute_dtype, key)
+    return _load_full(str(path), like.model_copy(update={"quantization": None, "revision": None}), key=key)
 
 
 def _load_full(
@@ -117,11 +122,12 @@ def _load_full(
     tokenizer_name: str | None = None,
     head: Head | None = None,
     compute_dtype: torch.dtype = torch.float32,
+    key: str = NAMED,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = like.model_copy(
         update={"name_or_path": name, "tokenizer": tokenizer_name, "from_config": None, "reference": None}
     )
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config, key=key)
     with seeded(0):
         model = pretrained(config, "auto", head or head_of(config), compute_dtype)
         fit_embeddings(model, tokenizer)
@@ -130,7 +136,7 @@ def _load_full(
 
 
 def _load_adapter(
-    folder: Path, like: ModelConfig, compute_dtype: torch.dtype = torch.float32
+    folder: Path, like: ModelConfig, compute_dtype: torch.dtype = torch.float32, key: str = NAMED
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     from peft import PeftModel
     from transformers import GenerationConfig
@@ -140,7 +146,7 @@ def _load_adapter(
     name = base_of(folder)
     revision = (like.revision or base_revision_of(folder)) if is_hub_name(name) else None
     like = like.model_copy(update={"revision": revision})
-    base, tokenizer = _load_full(name, like, own_tokenizer, head_of_adapter(folder), compute_dtype)
+    base, tokenizer = _load_full(name, like, own_tokenizer, head_of_adapter(folder), compute_dtype, key)
     with loading(f"the adapter {folder}"), quietly():
         model = PeftModel.from_pretrained(base, folder)
     check_finite(model, str(folder))

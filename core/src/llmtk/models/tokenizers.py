@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtk.errors import ConfigurationError, ModelLoadError
-from llmtk.models.checks import adapter_folder, base_of, check_model, is_hub_name, resolve, where
+from llmtk.models.checks import NAMED, adapter_folder, base_of, check_model, is_hub_name, resolve, where
 from llmtk.models.errors import loading
 
 if TYPE_CHECKING:
@@ -32,22 +32,23 @@ CHATML = (
 
 
 def load_tokenizer(
-    config: ModelConfig, training_texts: Callable[[], Iterable[str]] | None = None
+    config: ModelConfig, training_texts: Callable[[], Iterable[str]] | None = None, *, key: str = NAMED
 ) -> PreTrainedTokenizerFast:
     """Return the run's tokenizer, with a padding token that is no stop token.
 
     Args:
         config: The run's ``model`` section.
         training_texts: Gives the texts that a tokenizer is trained on. Called only if one is to be trained.
+        key: What errors call the key that names the model.
 
     Raises:
         ConfigurationError: The section has no tokenizer, or one to be trained without text.
         ModelLoadError: The folder or hub name has no tokenizer that loads, or fails ``check_model``.
     """
-    check_model(config)
+    check_model(config, key)
     wanted = config.tokenizer
     if wanted is None or isinstance(wanted, str):
-        tokenizer = _pretrained(config, wanted)
+        tokenizer = _pretrained(config, wanted, key)
     elif training_texts is None:
         raise ConfigurationError(f"model.tokenizer: a {wanted.kind} tokenizer is trained on text, and there is none")
     else:
@@ -103,13 +104,12 @@ _FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")
 """What the files of a tokenizer are called; one of these is always there."""
 
 
-def _pretrained(config: ModelConfig, name: str | None) -> PreTrainedTokenizerFast:
+def _pretrained(config: ModelConfig, name: str | None, key: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
-    key, name, revision = (
-        ("model.tokenizer", name, None) if name else ("model.name_or_path", _named(config), config.revision)
-    )
-    mend = "Give model.tokenizer: a folder with tokenizer.json and tokenizer_config.json."
+    key, name, revision = ("model.tokenizer", name, None) if name else (key, _named(config), config.revision)
+    another = "model.tokenizer: " if key in ("model.tokenizer", NAMED) else ""  # only a run's own model has that option
+    mend = f"Give {another}a folder with tokenizer.json and tokenizer_config.json."
     if is_hub_name(name):
         mend = f"Check the name and the network. {mend}"
     elif not any(file.match(pattern) for file in Path(resolve(name)).glob("*") for pattern in _FILES):
