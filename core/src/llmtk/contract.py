@@ -201,11 +201,16 @@ class RunView(Protocol):
         """Sample `sampling.n` completions of tokenised prompts with the current policy, without gradient.
 
         `seeds` (prompts,) give each prompt random numbers of its own, whatever prompts stand beside it or on other
-        ranks; without them, prompts are numbered under `sampling.seed`. All ranks must call it together.
+        ranks; without them, prompts are numbered under `sampling.seed`, and every call and every rank draws the same
+        numbers. In `prepare_batch`, make seeds of a number that `run.generator` draws once a round and of each row's
+        `place`: no rank, cut or resume changes them (docs/generation.md). All ranks must call it together.
         """
 
     def generator(self, purpose: str) -> torch.Generator:
-        """Return this purpose's own random generator, which checkpoints keep."""
+        """Return this purpose's own random generator, on the CPU and equal on all ranks, which checkpoints keep.
+
+        Draw as often on every rank, or what is drawn for rows will follow from the rank that has them.
+        """
 
     def encode(self, data: Any, row_types: Sequence[str]) -> Dataset:
         """Read rows of these types from a source, several, or a list of them, and encode them as the run's own are.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from llmtk.generation import generate
 from llmtk.generation.sampling import choose
 from llmtk.scoring import choose as choose_way
 from llmtk.scoring.padded import score
+from llmtk.training.randomness import Randomness
 
 from .kit import told
 
@@ -233,3 +236,18 @@ def test_no_prompts_give_no_completions(model):
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ValueError, match=r"start at 1"):
         Sampling(**settings)
+
+
+def test_the_seeds_that_the_page_makes_follow_the_row_and_not_the_rank():
+    """Of a row's place and of the round: whichever rank has the row, and others in the next round."""
+    page = (Path(__file__).parents[3] / "docs" / "generation.md").read_text()
+    (block,) = (text for text in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) if "def seeds_of" in text)
+    exec(block, names := {})
+    rows = [{"place": f"rows.jsonl:{number}"} for number in range(4)]
+    one, *ranks = [SimpleNamespace(generator=Randomness(0, rank).generator) for rank in (0, 0, 1)]
+    first, second = [names["seeds_of"](one, rows) for _ in range(2)]
+    shares = [[names["seeds_of"](rank, rows[index::2]) for index, rank in enumerate(ranks)] for _ in range(2)]
+    assert len({*first, *second}) == 8
+    assert [seed for pair in zip(*shares[0], strict=True) for seed in pair] == first
+    assert [names["seeds_of"](rank, []) for rank in ranks] == [[], []]
+    assert shares[1][1] == second[1::2]

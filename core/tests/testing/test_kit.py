@@ -342,6 +342,10 @@ def test_rows_that_no_other_process_can_read_are_told() -> None:
     assert found.mend == "Give rows and options of texts, numbers, lists and mappings."
 
 
+def test_the_mend_of_ranks_says_how_to_draw() -> None:
+    assert "pass seeds to run.generate" in CHECKS["ranks"].mend
+
+
 def test_an_unknown_check_suggests_the_near_one() -> None:
     with pytest.raises(ConfigurationError, match=r"There is no check 'cuts'\. Did you mean 'cut'"):
         check_stage(broken.Sound, "cuts")

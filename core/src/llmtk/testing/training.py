@@ -177,7 +177,8 @@ def two_ranks(trial: Trial) -> TwoRanks:
     "two ranks learn what one does",
     "Score through run.score, never by calling run.model; give as many windows on every rank, also without rows; let "
     "terms name weights, whose totals are of all ranks; add up what a whole window needs with run.sum_over_ranks; give "
-    "metrics as the sum and the count of this rank's own rows.",
+    "metrics as the sum and the count of this rank's own rows. Draw by the row, not by the rank: pass seeds to "
+    "run.generate, of a number that run.generator draws once a round and of each row's place.",
     begin=two_ranks,
 )
 def ranks(trial: Trial) -> None:
