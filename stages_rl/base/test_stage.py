@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,26 @@ def file(tmp_path: Path) -> str:
 
 def weights(run: Run) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()])
+
+
+# A stage of one's own
+
+
+@pytest.mark.parametrize("name", ["Reinforce", "Taught"])
+def test_the_stages_of_the_page_train(name: str, graded: dict[str, str], tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "writing-a-stage.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    exec(block, found := {"__name__": "page"})
+    stage = found[name]
+    options = {stage.section: {"rewards": [graded], "num_generations": 4, "max_completion_length": 6}}
+    train = {"bf16": False, "max_steps": 1, "per_device_train_batch_size": 4}
+    run = Run(stage, model="builtin", data=ROWS, train=train, output_dir=str(tmp_path / "run"), **options)
+    loss = run.train().final_loss
+    if name == "Taught":
+        assert loss == pytest.approx(0, abs=1e-3), "the policy begins as its teacher, which stays in bfloat16"
+    else:
+        assert loss is not None
+        assert abs(loss) > 1e-3
 
 
 # Rounds
