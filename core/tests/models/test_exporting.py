@@ -71,9 +71,9 @@ def test_a_base_is_loaded_as_the_run_loaded_it_but_not_quantised(tmp_path, adapt
     (run / "config.yaml").write_text("stage: sft\nmodel: {quantization: 4bit, attn_implementation: eager}\n")
     seen = []
 
-    def watched(path, like):
+    def watched(path, like, **more):
         seen.append((like.quantization, like.attn_implementation))
-        return load_folder(path, like)
+        return load_folder(path, like, **more)
 
     monkeypatch.setattr("llmtk.models.saving.load_folder", watched)
     expected = logits(model, ids)
