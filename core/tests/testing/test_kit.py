@@ -221,7 +221,7 @@ def test_a_class_that_stands_in_no_file_has_no_ranks_to_compare(monkeypatch) -> 
     ("better_at", "ran", "needs"),
     [
         (1, [BRIEF], ()),
-        (1, [BRIEF // 2], ("generation",)),
+        (1, [BRIEF // 4], ("generation",)),
         pytest.param(BRIEF + 1, [BRIEF, BRIEF + 20], (), marks=pytest.mark.slow),
         (BRIEF + 21, [], ()),
     ],

@@ -229,7 +229,7 @@ def demo(trial: Trial) -> None:
         raise Failure(
             "it has no demo()", "Write one: demo(self) returns a Demo of rows, settings and a figure. " + DEMO
         )
-    brief = BRIEF // 2 if "generation" in trial.stage_class.needs else BRIEF  # whose steps take twice as long
+    brief = BRIEF // 4 if "generation" in trial.stage_class.needs else BRIEF  # whose steps take several times as long
     steps = trial.demo.config.get("train", {}).get("max_steps", 0)
     lengths: list[dict[str, int]] = [{"max_steps": brief}, {}] if steps > brief else [{}]
     for given in lengths:
