@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
 
 import torch
 from pydantic import model_validator
@@ -21,9 +20,6 @@ from pydantic import model_validator
 from llmtk import Batch, ConfigurationError, LossOutput, PluginError, Round, RunView, Section, Term, hookimpl
 from llmtk.contract import Data, Row
 from llmtk.scoring import Scores
-
-if TYPE_CHECKING:
-    from llmtk.run import Run
 
 WEIGHT = "auxiliary_targets"
 """The weight that divides the terms: the target tokens of a group."""
@@ -53,10 +49,9 @@ class AuxiliaryLoss:
 
     @hookimpl(wrapper=True)
     def build_data(self, run: RunView) -> Generator[None, Data, Data]:
-        whole = cast("Run", run)
-        if whole.stage.head != "language":
+        if run.stage.head != "language":
             raise ConfigurationError(
-                f"plugins.auxiliary-loss needs logits, and a model of stage {whole.stage_name} has a head of one "
+                f"plugins.auxiliary-loss needs logits, and a model of stage {run.stage_name} has a head of one "
                 "value, which gives none. Leave it out"
             )
         return (yield)

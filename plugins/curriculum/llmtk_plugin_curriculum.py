@@ -176,15 +176,14 @@ def numbers(rows: Dataset, column: str) -> Array:
 
 def check_losses(run: RunView) -> None:
     """Refuse stages whose rows have no loss of their own, by a ConfigurationError."""
-    whole = cast("Run", run)
-    if "generation" in whole.stage.needs:
+    if "generation" in run.stage.needs:
         raise ConfigurationError(
-            f"plugins.curriculum.by: loss needs rows with answers; stage {whole.stage_name} writes them itself, anew "
+            f"plugins.curriculum.by: loss needs rows with answers; stage {run.stage_name} writes them itself, anew "
             "each time, so that their loss says little of a row. Use by: length or by: column"
         )
-    if whole.stage.head != "language":
+    if run.stage.head != "language":
         raise ConfigurationError(
-            f"plugins.curriculum.by: loss needs log-probs of tokens; a model of stage {whole.stage_name} has a head of "
+            f"plugins.curriculum.by: loss needs log-probs of tokens; a model of stage {run.stage_name} has a head of "
             "one value, and gives none. Use by: length or by: column"
         )
 

@@ -89,7 +89,7 @@ class EarlyStopping:
 
 def usual_metric(run: RunView) -> str:
     """Return the metric that decides where none is named."""
-    return "reward" if "reward" in cast("Run", run).stage.needs else "loss"
+    return "reward" if "reward" in run.stage.needs else "loss"
 
 
 def _value(metrics: Mapping[str, float], metric: str) -> float:

@@ -187,7 +187,7 @@ def sources(rows: Dataset) -> set[str]:
 
 def check_head(run: RunView) -> None:
     """Refuse a stage whose model gives tokens no log-probs, by a ConfigurationError."""
-    if cast("Run", run).stage.head != "language":
+    if run.stage.head != "language":
         raise ConfigurationError(
             "plugins.multitask.beside learns text, and the model of this stage has a head of one value, which gives "
             "tokens no log-probs. Leave it out"

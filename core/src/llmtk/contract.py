@@ -104,6 +104,10 @@ class Demo:
 class RunView(Protocol):
     """A run as stages and plugins see it."""
 
+    stage: Stage
+    """What trains: its declarations (`needs`, `head`, ...) and its options."""
+    stage_name: str
+    """What the stage is called, as its section of the configuration is."""
     hooks: Hooks
     """Every hook of this run. Call these, not `self.compute_loss`, so that plugins are felt."""
     model: nn.Module

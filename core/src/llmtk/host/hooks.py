@@ -28,8 +28,8 @@ class Hooks:
         self._manager = manager
         self._run = run
         self._call = manager.hook
-        self._prepare = self._prepare_around()
-        self._loss = self._loss_around()
+        self._prepare = self._prepare_through(_impls(manager, "around_prepare_batch"))
+        self._loss = self._loss_through(_impls(manager, "around_compute_loss"))
 
     # Stage hooks
 
@@ -146,33 +146,25 @@ class Hooks:
         """Say whether anybody answers a hook, so that ranks need not talk about what nobody says."""
         return bool(getattr(self._call, hook).get_hookimpls())
 
-    def _prepare_around(self) -> Prepare:
-        def inner(rows: list[Row]) -> Round:
-            return self._call.prepare_batch(run=self._run, rows=rows)  # type: ignore[no-any-return]
+    def _prepare_through(self, impls: Sequence[pluggy.HookImpl]) -> Prepare:
+        """Compose what prepares a batch: the last of these around the others, and the stage within them all."""
+        within = self._prepare_through(impls[:-1]) if impls else None
 
-        composed: Prepare = inner
-        for impl in _impls(self._manager, "around_prepare_batch"):
-            composed = self._prepare_through(impl, composed)
-        return composed
-
-    def _prepare_through(self, impl: pluggy.HookImpl, within: Prepare) -> Prepare:
         def inner(rows: list[Row]) -> Round:
-            return _invoke(impl, run=self._run, rows=rows, inner=within)  # type: ignore[no-any-return]
+            if within is None:
+                return self._call.prepare_batch(run=self._run, rows=rows)  # type: ignore[no-any-return]
+            return _invoke(impls[-1], run=self._run, rows=rows, inner=within)  # type: ignore[no-any-return]
 
         return inner
 
-    def _loss_around(self) -> Loss:
-        def inner(batch: Batch) -> LossOutput:
-            return self._call.compute_loss(run=self._run, batch=batch)  # type: ignore[no-any-return]
+    def _loss_through(self, impls: Sequence[pluggy.HookImpl]) -> Loss:
+        """Compose what computes the loss, in the same way."""
+        within = self._loss_through(impls[:-1]) if impls else None
 
-        composed: Loss = inner
-        for impl in _impls(self._manager, "around_compute_loss"):
-            composed = self._loss_through(impl, composed)
-        return composed
-
-    def _loss_through(self, impl: pluggy.HookImpl, within: Loss) -> Loss:
         def inner(batch: Batch) -> LossOutput:
-            return _invoke(impl, run=self._run, batch=batch, inner=within)  # type: ignore[no-any-return]
+            if within is None:
+                return self._call.compute_loss(run=self._run, batch=batch)  # type: ignore[no-any-return]
+            return _invoke(impls[-1], run=self._run, batch=batch, inner=within)  # type: ignore[no-any-return]
 
         return inner
 

@@ -138,7 +138,7 @@ def _recorded(given: Section) -> tuple[Section, set[str]]:
         def __getattribute__(self, name: str) -> Any:
             if name in fields:
                 read.add(name)
-            if name in ("model_dump", "__iter__"):  # they do not ask for each by its name
+            if name.startswith("model_dump"):  # which does not ask for each by its name
                 read.update(fields)
             return super().__getattribute__(name)
 
